@@ -1,0 +1,48 @@
+# What people and CI call. Every target makes the environment in .venv when it is missing or stale.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+ARGS ?=
+PROTOS := $(shell find proto -name '*.proto')
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench lock clean
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.ready ## launch one guest on a software platform, attested end to end (ARGS=--tamper=kernel …)
+	@$(BIN)/sevattest demo $(ARGS)
+
+test: $(VENV)/.ready ## every test that needs no special hardware (ARGS=… goes to pytest)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
+
+lint: $(VENV)/.ready ## formatting, rules, types, import directions, protos
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/buf lint proto
+	$(BIN)/python tests/support/repository.py
+
+format: $(VENV)/.ready ## let ruff rewrite what it can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.ready ## speed, as ratios measured side by side in one run
+	$(BIN)/python -m tests.bench $(ARGS)
+
+lock: $(VENV)/.ready ## renew requirements/*.txt from pyproject.toml (needs uv)
+	./requirements/lock.sh
+
+clean: ## forget the environment and everything generated
+	rm -rf $(VENV) common/gen .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+# Locked packages by hash first; then this checkout, editable, which generates sevattest.v1 from proto/.
+$(VENV)/.ready: requirements/dev.txt pyproject.toml hatch_build.py $(PROTOS)
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; install Python 3.11 or newer with venv (Debian: python3-venv)" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: Python 3.11 or newer is needed; name one with PYTHON=" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@

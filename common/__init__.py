@@ -1,0 +1,1 @@
+"""What both sides of sevattest share; imports none of the other four packages."""

@@ -1,0 +1,10 @@
+#!/bin/sh
+# Renews the lock files: hashes, and no index address (tests/support/repository.py refuses one).
+set -eu
+cd "$(dirname "$0")/.."
+compile() { uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes \
+    --no-emit-index-url --no-header --no-annotate -q "$@"; }
+compile --all-extras --group dev -o requirements/dev.txt
+compile --extra agent -o requirements/agent.txt
+compile --extra verifier -o requirements/verifier.txt
+compile -o requirements/orchestrator.txt

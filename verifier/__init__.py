@@ -1,0 +1,1 @@
+"""The guest owner's side: verifies platforms and measurements, and releases secrets; fails closed."""
