@@ -94,6 +94,11 @@ class SevattestError(Exception):
         self.message = message
         self.fields = fields
 
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """What to tell people, a line each; more than the message where several things are wrong at once."""
+        return (self.message,)
+
 
 class InvalidInput(SevattestError):
     """The request, file or configuration is not usable as it is."""

@@ -109,9 +109,7 @@ def firmware_version(request: Message, field: str = "firmware") -> FirmwareVersi
 
 def firmware_version_to_proto(version: FirmwareVersion) -> platform_pb2.FirmwareVersion:
     """The message for a firmware version."""
-    return platform_pb2.FirmwareVersion(
-        api_major=version.api_major, api_minor=version.api_minor, build=version.build
-    )
+    return platform_pb2.FirmwareVersion(api_major=version.api_major, api_minor=version.api_minor, build=version.build)
 
 
 def page_size(value: int) -> int:
@@ -134,7 +132,7 @@ def timestamp(time: datetime) -> Timestamp:
     return message
 
 
-def reason_to_proto(reason: Reason | None) -> reason_pb2.Reason:
+def reason_to_proto(reason: Reason | None) -> reason_pb2.Reason.ValueType:
     """The enum value for a reason; `REASON_UNSPECIFIED` for none."""
     if reason is None:
         return reason_pb2.REASON_UNSPECIFIED

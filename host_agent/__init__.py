@@ -1,1 +1,1 @@
-"""The untrusted side: the host agent, over QMP and the SEV device; holds nothing secret."""
+"""The host's side: starts guests paused, relays what the firmware and the owner say, lets an attested guest run."""

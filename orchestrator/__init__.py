@@ -1,1 +1,1 @@
-"""The caller: carries messages between host agent and verifier, and is the `sevattest` command; holds nothing secret."""
+"""The caller: carries messages between host agent and verifier; is the `sevattest` command; holds nothing secret."""

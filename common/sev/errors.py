@@ -31,10 +31,3 @@ class UnsignedCek(Refused):
 
     def __init__(self, message: str, **fields: str) -> None:
         super().__init__(Reason.CEK_UNSIGNED, message, **fields)
-
-
-class MeasurementRefused(Refused):
-    """The measurement is none that was expected."""
-
-    def __init__(self, message: str, **fields: str) -> None:
-        super().__init__(Reason.MEASUREMENT_REFUSED, message, **fields)

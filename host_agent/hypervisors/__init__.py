@@ -1,0 +1,1 @@
+"""Ways to start and reach a guest machine."""

@@ -1,0 +1,1 @@
+"""The launches: their states, their records and the steps that move them."""

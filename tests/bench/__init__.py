@@ -1,0 +1,1 @@
+"""Speed, as ratios: each row times our code and a yardstick in turn and prints what one costs in the other."""

@@ -1,0 +1,1 @@
+"""Where secrets come from, and the one packet in which they leave."""

@@ -1,0 +1,1 @@
+"""Where launches, requests and audit records are kept: one Protocol, one embedded implementation."""

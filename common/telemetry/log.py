@@ -1,0 +1,218 @@
+"""One JSON line an event on stderr, redacted: no bytes, no secret by name, no object by its repr, no exception's text.
+
+structlog builds the lines; it comes with the extras `agent` and `verifier`, so it is imported only by `configure`, and
+everybody else names the `Log` protocol.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sqlite3
+import sys
+import traceback
+from collections.abc import Mapping, MutableMapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import PurePath
+from typing import Any, Protocol, TextIO, cast
+from uuid import UUID
+
+from common.errors import SevattestError
+
+# Fields with these names, or with one of them as a word of the name (`vm_tek`, `secret_value`), are never printed.
+SECRET_WORDS = frozenset(
+    {
+        "tek",
+        "tik",
+        "kek",
+        "secret",
+        "secrets",
+        "payload",
+        "packet",
+        "plaintext",
+        "password",
+        "passphrase",
+        "token",
+        "pem",
+    }
+)
+# … and these only as the whole name: `key` alone is a key, `api_key` is caught by nobody's naming here.
+SECRET_NAMES = frozenset({"key", "private_key", "godh_key", "key_bytes", "table"})
+_REDACTED = "[redacted]"
+_MAX_TEXT = 2000
+_MAX_ITEMS = 64
+_MAX_DEPTH = 6
+_MAX_FRAMES = 30
+_MAX_COUNT = 1_000_000
+
+
+class Log(Protocol):
+    """Takes events: a short dotted name (`launch.released`) and fields. structlog's loggers are this."""
+
+    def info(self, event: str, **fields: Any) -> Any:
+        """Something happened that an operator expects."""
+        ...
+
+    def warning(self, event: str, **fields: Any) -> Any:
+        """Something happened that an operator should look at."""
+        ...
+
+    def error(self, event: str, **fields: Any) -> Any:
+        """Something failed that should not."""
+        ...
+
+
+class _Silence:
+    """A log that keeps nothing."""
+
+    def info(self, event: str, **fields: Any) -> None: ...
+
+    def warning(self, event: str, **fields: Any) -> None: ...
+
+    def error(self, event: str, **fields: Any) -> None: ...
+
+
+SILENCE: Log = _Silence()
+
+
+def configure(service: str, stream: TextIO | None = None) -> Log:
+    """Make the process's log, and send what libraries log (warnings and worse) through it too.
+
+    Args:
+        service: the `service` of every line, for example `sev-verifier`.
+        stream: where the lines go; stderr when None.
+    """
+    import structlog  # noqa: PLC0415 -- an extra: the command line goes without it
+
+    out = stream or sys.stderr
+    log = structlog.wrap_logger(
+        structlog.WriteLogger(cast("TextIO", _Sink(out))),
+        processors=[structlog.processors.add_log_level, _Line(service=service)],
+        wrapper_class=structlog.BoundLogger,
+        cache_logger_on_first_use=False,
+    )
+    root = logging.getLogger()
+    for old in [handler for handler in root.handlers if isinstance(handler, _LibraryHandler)]:
+        root.removeHandler(old)
+    root.addHandler(_LibraryHandler(cast("Log", log)))
+    root.setLevel(logging.WARNING)
+    return cast("Log", log)
+
+
+class _Sink:
+    """Where the lines go. One that cannot be written (closed pipe, full disk) is lost: no call fails for its log."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        with suppress(OSError, ValueError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self._stream.flush()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Line:
+    """structlog's last processor: an event to one line of JSON."""
+
+    service: str
+
+    def __call__(self, _logger: object, _method: str, event: MutableMapping[str, Any]) -> str:
+        fields = dict(event)
+        line: dict[str, Any] = {
+            "time": _timestamp(datetime.now(UTC)),
+            "level": fields.pop("level", "info"),
+            "service": self.service,
+            "event": str(fields.pop("event", ""))[:_MAX_TEXT],
+        }
+        exc_info = fields.pop("exc_info", None)
+        if exc_info:
+            error = exc_info if isinstance(exc_info, BaseException) else sys.exc_info()[1]
+            if error is not None:
+                line["error"] = describe_exception(error)
+        # A field never replaces one of the line's own.
+        line |= {(name if name not in line else f"{name}_"): _field(name, value) for name, value in fields.items()}
+        return json.dumps(line, ensure_ascii=True, separators=(",", ":"))
+
+
+def _field(name: str, value: object, depth: int = 0) -> object:
+    lowered = name.lower()
+    if lowered in SECRET_NAMES or SECRET_WORDS.intersection(lowered.replace("-", "_").replace(".", "_").split("_")):
+        # How many secrets, or whether there is one, is no secret.
+        harmless = value is None or isinstance(value, bool) or (isinstance(value, int) and abs(value) < _MAX_COUNT)
+        return value if harmless else _REDACTED
+    return redact(value, depth)
+
+
+def redact(value: object, depth: int = 0) -> object:
+    """What of `value` may be printed: numbers, text, times, ids; containers of these; of all else only the type."""
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, str):  # a StrEnum too
+        return str(value) if len(value) <= _MAX_TEXT else f"{value[:_MAX_TEXT]}…"
+    if isinstance(value, bytes | bytearray | memoryview):
+        return f"[{len(value)} bytes]"
+    if isinstance(value, BaseException):
+        return describe_exception(value)
+    if isinstance(value, datetime | UUID | PurePath):
+        return _timestamp(value) if isinstance(value, datetime) else str(value)
+    if depth < _MAX_DEPTH and isinstance(value, Mapping):
+        return {str(k): _field(str(k), v, depth + 1) for k, v in list(value.items())[:_MAX_ITEMS]}
+    if depth < _MAX_DEPTH and isinstance(value, list | tuple | set | frozenset):
+        return [redact(item, depth + 1) for item in list(value)[:_MAX_ITEMS]]
+    return f"[{type(value).__name__}]"
+
+
+def _timestamp(value: datetime) -> str:
+    return value.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def describe_exception(error: BaseException) -> dict[str, object]:
+    """An exception as types and places, with text only where no secret can be in it.
+
+    Of a foreign exception the text stays out: it may quote the value that it stumbled over.
+    """
+    kinds: list[str] = []
+    seen: set[int] = set()
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen and len(kinds) < _MAX_ITEMS:
+        seen.add(id(cause))
+        kinds.append(f"{type(cause).__module__}.{type(cause).__qualname__}".removeprefix("builtins."))
+        cause = cause.__cause__ or cause.__context__
+    frames = traceback.extract_tb(error.__traceback__)[-_MAX_FRAMES:]
+    described: dict[str, object] = {
+        "type": kinds[0],
+        "where": [f"{PurePath(f.filename).name}:{f.lineno} {f.name}" for f in frames],
+    }
+    if len(kinds) > 1:
+        described["causes"] = kinds[1:]
+    if isinstance(error, SevattestError):
+        described |= {"reason": error.reason.value, "text": error.message}
+    elif isinstance(error, OSError):
+        described["text"] = error.strerror or ""
+    elif isinstance(error, sqlite3.Error):
+        # SQLite names tables, columns and conditions, never a bound value.
+        described["text"] = str(error)
+    return described
+
+
+class _LibraryHandler(logging.Handler):
+    """Brings the standard library's log records into ours: the logger's name and the first line of the template."""
+
+    def __init__(self, log: Log) -> None:
+        super().__init__()
+        self._log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record; arguments and exception texts stay out, they may quote anything."""
+        template = record.msg.split("\n", 1)[0][:200] if isinstance(record.msg, str) else type(record.msg).__name__
+        fields: dict[str, Any] = {"logger": record.name, "text": template}
+        if record.exc_info and record.exc_info[1] is not None:
+            fields["error"] = record.exc_info[1]
+        write = self._log.error if record.levelno >= logging.ERROR else self._log.warning
+        write("library", **fields)

@@ -1,0 +1,180 @@
+"""QEMU's monitor (QMP): few commands, a time limit on everything, and no doubt about what is in doubt.
+
+Built on the `qemu.qmp` library, which matches replies by id and drops late ones. What it does not do is here: a fixed
+list of commands, time limits (also on the greeting: a monitor serves one client, a second one connects and hears
+nothing), a bound on lines, a check of who listens, and the difference between "not sent" and "outcome unknown".
+
+A connection lives for one step and is never used again after anything went wrong with it. Facts about QEMU's behaviour
+come from runs of QEMU 7.2 and 10.0; when QEMU exits, its client may see ECONNRESET where it expects the end of file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import socket
+import struct
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+from qemu.qmp import ConnectError, ExecuteError, QMPClient, QMPError
+
+from common.errors import OutcomeUnknown, Reason, SevattestError, Unavailable
+from host_agent.firmware_errors import hypervisor_failure
+
+# Everything that the agent ever says to a machine; QEMU 7.2 has 216 commands, `human-monitor-command` among them.
+COMMANDS = frozenset(
+    {
+        "query-status",
+        "query-sev",
+        "query-sev-launch-measure",
+        "query-sev-attestation-report",
+        "sev-inject-launch-secret",
+        "cont",
+    }
+)
+# After these, silence means that nobody knows what happened.
+IRREVERSIBLE = frozenset({"sev-inject-launch-secret", "cont"})
+
+_LINE_MAX = 1 << 20  # bytes; the longest answer to a command of ours is some 500
+_DISCONNECT = 5.0  # seconds for the library to let go of a closed socket
+_RETRY = 0.02  # seconds between attempts on a socket with a full backlog
+_PEERCRED = struct.Struct("iii")  # struct ucred: pid, uid, gid
+
+
+class MonitorSession:
+    """One connection to a machine's monitor, greeted and negotiated."""
+
+    def __init__(self, client: QMPClient, limit: float) -> None:
+        self._client = client
+        self._limit = limit
+        self.broken = False
+
+    async def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> object:
+        """Run one command and return its `return` value.
+
+        Raises:
+            Refused: the machine's words carry a firmware status that is a verdict.
+            PlatformFailed: the machine answered with an error.
+            Unavailable: no answer to a command that can be repeated.
+            OutcomeUnknown: no answer to a command that cannot.
+        """
+        if command not in COMMANDS:
+            raise ValueError(f"{command} is not a command of the agent's")
+        if self.broken:
+            raise ValueError("a broken monitor connection is not used again")
+        try:
+            return await asyncio.wait_for(self._client.execute(command, arguments), self._limit)
+        except ExecuteError as error:
+            raise hypervisor_failure(f"the machine refused {command}", str(error)) from error
+        except TimeoutError:
+            self.broken = True
+            raise _lost(command, f"had no answer in {self._limit:g} s") from None
+        except QMPError as error:
+            # The connection ended, or what came was not QMP. The library keeps the cause; it may quote the line.
+            self.broken = True
+            raise _lost(command, "was cut short: the monitor closed, or sent what is not QMP") from error
+        except BaseException:
+            self.broken = True
+            raise
+
+
+@asynccontextmanager
+async def monitor(folder: Path, name: str, *, limit: float) -> AsyncIterator[MonitorSession]:
+    """A connection to the monitor at `folder/name`, closed at the end whatever happens.
+
+    Args:
+        folder: the launch's folder; its path may be longer than a socket's address can be.
+        name: the socket's name.
+        limit: seconds for connecting and greeting together, and again for each command.
+
+    Raises:
+        Unavailable: nobody greets; nothing was sent.
+    """
+    try:
+        connection = await asyncio.wait_for(_connect(folder, name), limit)
+    except TimeoutError:
+        raise _unreachable("takes no connection") from None
+    except OSError as error:
+        raise _unreachable(f"cannot be reached: {error.strerror or error}") from error
+    client = QMPClient(readbuflen=_LINE_MAX)
+    # Nobody reads events here, and a machine can send them without end.
+    client.events.event_filter = _no_event
+    session = MonitorSession(client, limit)
+    try:
+        await _greet(client, connection, limit)
+        yield session
+        session_failed = session.broken
+    except BaseException:
+        session_failed = True
+        raise
+    finally:
+        if session_failed:
+            # Ends both directions: the library must not wait until a peer that hangs has read the rest.
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        await _disconnect(client)
+        connection.close()
+
+
+def _no_event(_event: object) -> bool:
+    return False
+
+
+async def _connect(folder: Path, name: str) -> socket.socket:
+    """A connected socket whose listener runs under our own user."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    directory = -1
+    try:
+        directory = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        connection.settimeout(0)
+        while True:
+            try:
+                # An address holds 107 bytes; this one is short wherever the state directory is.
+                connection.connect(f"/proc/self/fd/{directory}/{name}")
+                break
+            except BlockingIOError:  # EAGAIN: the backlog is full
+                await asyncio.sleep(_RETRY)
+        _check_listener(connection)
+    except BaseException:
+        connection.close()
+        raise
+    finally:
+        if directory >= 0:
+            os.close(directory)
+    return connection
+
+
+def _check_listener(connection: socket.socket) -> None:
+    """Refuse a monitor that somebody else put in the machine's place."""
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEERCRED.size)
+    _, uid, _ = _PEERCRED.unpack(credentials)
+    if uid != os.geteuid():
+        raise PermissionError(errno.EPERM, "its listener belongs to another user")
+
+
+async def _greet(client: QMPClient, connection: socket.socket, limit: float) -> None:
+    try:
+        await asyncio.wait_for(client.connect(connection), limit)
+    except TimeoutError:
+        raise _unreachable("does not greet; another client may hold it") from None
+    except ConnectError as error:
+        raise _unreachable("closed before its greeting, or greets in another protocol") from error
+
+
+async def _disconnect(client: QMPClient) -> None:
+    # It raises again whatever ended its reader; that was reported where it mattered.
+    with suppress(Exception):
+        await asyncio.wait_for(client.disconnect(), _DISCONNECT)
+
+
+def _lost(command: str, what: str) -> SevattestError:
+    if command in IRREVERSIBLE:
+        return OutcomeUnknown(Reason.OUTCOME_UNKNOWN, f"{command} {what}; nobody knows whether it was done")
+    return _unreachable(f"gives no answer: {command} {what}")
+
+
+def _unreachable(what: str) -> Unavailable:
+    return Unavailable(Reason.PLATFORM_UNAVAILABLE, f"the machine's monitor {what}")

@@ -1,0 +1,102 @@
+"""`sevattest` itself, whatever the command: how it ends where nobody listens, and where nobody can read the words."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.chains import make_platform
+
+_PROGRAM = [sys.executable, "-c", "import sys; from orchestrator.cli import main; sys.exit(main())"]
+
+
+@pytest.fixture(scope="module")
+def forged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Certificates that AMD never signed."""
+    file = tmp_path_factory.mktemp("forged") / "sev.pdh"
+    file.write_bytes(make_platform().chain.to_bytes())
+    return file
+
+
+@pytest.fixture
+def nobody() -> Iterator[int]:
+    """A pipe whose reader went away."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    yield writer
+    os.close(writer)
+
+
+def _run(
+    *words: str | Path, stdout: int = subprocess.PIPE, stderr: int = subprocess.PIPE
+) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run([*_PROGRAM, *words], check=False, timeout=60, stdout=stdout, stderr=stderr)
+
+
+def test_a_verdict_that_nobody_could_read_is_never_a_success(forged: Path, nobody: int) -> None:
+    done = _run("verify", "--sev", forged, stdout=nobody)
+    assert done.returncode not in {0, 120}  # 120: the interpreter complains while it exits
+    assert done.stderr == b""
+
+
+def test_a_success_that_nobody_could_read_ends_as_the_shell_says_of_a_closed_pipe(nobody: int) -> None:
+    done = _run("--help", stdout=nobody)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize("package", ["orchestrator", "host_agent", "verifier"])
+def test_every_program_tells_a_closed_pipe_from_success_and_bad_words_from_both(package: str, nobody: int) -> None:
+    program = [sys.executable, "-c", f"import sys; from {package}.cli import main; sys.exit(main())"]
+    unread = subprocess.run([*program, "--help"], check=False, timeout=60, stdout=nobody, stderr=subprocess.PIPE)
+    assert (unread.returncode, unread.stderr) == (141, b"")
+    wrong = subprocess.run([*program, "frobnicate"], check=False, timeout=60, stdout=nobody, stderr=nobody)
+    assert wrong.returncode == 2
+
+
+@pytest.mark.parametrize("words", [["frobnicate"], ["verify", "--sev", "/nowhere"], ["pki", "issue"], []])
+def test_bad_input_is_bad_input_though_the_complaint_cannot_be_read(words: list[str], nobody: int) -> None:
+    assert _run(*words, stdout=nobody, stderr=nobody).returncode == 2
+
+
+@pytest.mark.parametrize(("number", "other"), [(1, "stderr"), (2, "stdout")])
+def test_a_command_that_is_started_without_a_stream_still_gives_its_verdict(
+    forged: Path, number: int, other: str
+) -> None:
+    shell = ["sh", "-c", f'exec "$@" {number}>&-', "sh", *_PROGRAM, "verify", "--sev", str(forged)]
+    done = subprocess.run(shell, check=False, capture_output=True, timeout=60)
+    assert done.returncode == 1
+    said: bytes = getattr(done, other)
+    assert b"Traceback" not in said
+    # What was meant for the missing stream does not turn up in the other one.
+    assert (b"verification failed" in said, b"PDH EP384" in said) == (other == "stderr", other == "stdout")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_words_that_the_terminal_cannot_show_are_spelt_out(encoding: str) -> None:
+    done = subprocess.run(
+        [*_PROGRAM, "--help"],
+        check=False,
+        capture_output=True,
+        timeout=60,
+        env=os.environ | {"PYTHONIOENCODING": encoding},
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"usage: sevattest COMMAND \\u2026" in done.stdout
+
+
+def test_a_folder_whose_name_is_no_text_can_be_written_to(tmp_path: Path) -> None:
+    folder = os.fsencode(tmp_path) + b"/p\xff"
+    done = subprocess.run(
+        [*_PROGRAM, "pki", "init", folder],
+        check=False,
+        capture_output=True,
+        timeout=60,
+        env=os.environ | {"PYTHONIOENCODING": "utf-8"},
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert len(os.listdir(folder)) == 4  # noqa: PTH208 -- the name is bytes

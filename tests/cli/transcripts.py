@@ -1,0 +1,26 @@
+"""Runs a command as a person would, and holds what it said on both streams."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from dataclasses import dataclass
+
+from orchestrator.demo.processes import script
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a command printed, and how it ended."""
+
+    out: str
+    err: str
+    code: int
+
+
+def run(*words: str | os.PathLike[str], timeout: float = 60.0) -> Said:
+    """Run `sevattest` with these words."""
+    command = [*script("sevattest"), *map(str, words)]
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("SEVATTEST_")}
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=timeout, env=environ)
+    return Said(out=done.stdout, err=done.stderr, code=done.returncode)

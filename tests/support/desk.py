@@ -1,0 +1,307 @@
+"""The guest owner's desk without network: broker and releaser over a real store, and a host's platform beside it.
+
+The host's half (unwrapping the session, measuring, opening the packet) is the emulator's code, written apart from the
+owner's. The clock stands still unless a test moves it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+import yaml
+
+from common.amd.kds import KeyService
+from common.errors import SevattestError
+from common.sev.measurement import FirmwareVersion, MeasurementBlob
+from common.sev.secret import SecretEntry, parse_table
+from common.telemetry.log import Log
+from emulator import channel
+from tests.support.chains import SyntheticPlatform, make_platform
+from tests.support.firmware import amdsev_image
+from tests.support.recording_log import RecordingLog
+from tests.support.rpc import SettableClock
+from verifier.keys.file import FileKey
+from verifier.launches.broker import Broker
+from verifier.launches.dependencies import Dependencies, no_step
+from verifier.launches.launch import AbandonRequest, BeginRequest, Begun, Launch, Released, ReleaseRequest
+from verifier.launches.platforms import DenyList, PlatformVerifier
+from verifier.launches.records import Recorder
+from verifier.launches.release import Releaser
+from verifier.launches.reports import ReportVerifier
+from verifier.launches.timekeeper import Timekeeper
+from verifier.library.library import Library
+from verifier.secrets.file import FileSecrets
+from verifier.store.base import AuditRow
+from verifier.store.sqlite import SqliteStore, read_audit
+from verifier.store.sqlite_file import FILE_NAME
+
+CALLER = "spiffe://datacenter.example/orchestrator/cluster"
+STRANGER = "spiffe://datacenter.example/orchestrator/stranger"
+START = datetime(2026, 3, 1, 12, tzinfo=UTC)
+FIRMWARE = FirmwareVersion(1, 55, 24)
+SECRET_GUID = UUID("43ced044-42ec-487a-88b7-261bda359f24")
+SECRET = b"a disk's passphrase\n"
+KEK = bytes(range(32))
+
+
+async def refused(step: Awaitable[object]) -> SevattestError:
+    """The error that a step ends with; without one the test fails."""
+    with pytest.raises(SevattestError) as caught:
+        await step
+    return caught.value
+
+
+def document(**changes: Any) -> dict[str, Any]:
+    """A workload document that is good; `changes` replace members of `spec`, None removes one."""
+    spec: dict[str, Any] = {
+        "callers": [CALLER],
+        "measure": {
+            "firmware": "ovmf.fd",
+            "kernel": "kernel",
+            "initrd": "initrd",
+            "cmdline": "console=ttyS0",
+            "vcpus": [1, 2, 4],
+            "cpus": ["EPYC-Milan"],
+            "flavours": ["legacy", "init2"],
+        },
+        "platforms": {"generations": ["emulated"], "chips": "any"},
+        "secrets": [{"guid": str(SECRET_GUID), "source": {"file": "secret"}}],
+    }
+    spec |= changes
+    return {
+        "apiVersion": "sevattest/v1",
+        "kind": "Workload",
+        "metadata": {"name": "web", "version": "1"},
+        "spec": {name: value for name, value in spec.items() if value is not None},
+    }
+
+
+def write_document(folder: Path, content: dict[str, Any], name: str = "web.yaml") -> Path:
+    """Put a document into the owner's folder."""
+    path = folder / name
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def write_artefacts(folder: Path) -> None:
+    """The files that `document` names, and an older version of each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "ovmf.fd").write_bytes(amdsev_image("new"))
+    (folder / "kernel").write_bytes(b"the kernel")
+    (folder / "initrd").write_bytes(b"the initrd")
+    (folder / "secret").write_bytes(SECRET)
+    (folder / "ovmf-old.fd").write_bytes(amdsev_image("old"))
+    (folder / "kernel-old").write_bytes(b"the old kernel")
+
+
+@dataclass(kw_only=True)
+class Guest:
+    """A guest on the host, started from what the owner answered."""
+
+    channel: channel.Channel
+    policy: int
+    nonce: bytes = field(default_factory=lambda: os.urandom(16))
+
+    @classmethod
+    def start(cls, platform: SyntheticPlatform, begun: Begun, policy: int | None = None) -> Guest:
+        """LAUNCH_START; with another policy it fails as firmware fails it."""
+        wanted = begun.policy if policy is None else policy
+        opened = channel.open_channel(pdh_key=platform.keys.pdh, godh=begun.godh, session=begun.session, policy=wanted)
+        return cls(channel=opened, policy=wanted)
+
+    @classmethod
+    def without_session(cls, policy: int) -> Guest:
+        """A guest of the host's own, with the all-zero keys of a launch without a session."""
+        return cls(channel=channel.Channel.without_session(), policy=policy)
+
+    def measure(self, digest: bytes, firmware: FirmwareVersion = FIRMWARE, *, policy: int | None = None) -> bytes:
+        """LAUNCH_MEASURE: the blob of 48 bytes."""
+        word = self.policy if policy is None else policy
+        hmac = channel.measure(self.channel.tik, firmware[:2], firmware.build, word, digest, self.nonce)
+        return hmac + self.nonce
+
+    def open(self, released: Released, blob: bytes) -> tuple[SecretEntry, ...]:
+        """LAUNCH_SECRET and what Linux makes of the table; fails as firmware fails a packet for another launch."""
+        table = channel.open_packet(
+            self.channel,
+            header=released.header,
+            payload=released.payload,
+            guest_length=len(released.payload),
+            measurement=blob[:32],
+        )
+        return parse_table(table)
+
+
+@dataclass(kw_only=True)
+class Desk:
+    """Everything of one owner, ready to be asked."""
+
+    folder: Path
+    documents: Path
+    clock: SettableClock
+    log: RecordingLog
+    platform: SyntheticPlatform
+    store: SqliteStore
+    library: Library
+    denied: DenyList
+    dependencies: Dependencies
+    broker: Broker
+    releaser: Releaser
+    reports: ReportVerifier
+
+    async def begin(
+        self,
+        *,
+        caller: str = CALLER,
+        workload: str = "web",
+        request_id: UUID | None = None,
+        chain: bytes | None = None,
+        chip_id: bytes = b"",
+        grant: str | None = None,
+    ) -> Begun:
+        """Begin a launch on the host's platform."""
+        return await self.broker.begin(
+            BeginRequest(
+                caller=caller,
+                request_id=request_id or uuid4(),
+                chain=self.platform.chain.to_bytes() if chain is None else chain,
+                chip_id=chip_id,
+                workload=workload,
+                grant=grant,
+            )
+        )
+
+    def start(self, begun: Begun) -> Guest:
+        """Start a guest from the owner's answer."""
+        return Guest.start(self.platform, begun)
+
+    async def release(
+        self,
+        launch_id: UUID,
+        blob: bytes,
+        *,
+        caller: str = CALLER,
+        firmware: FirmwareVersion = FIRMWARE,
+        request_id: UUID | None = None,
+    ) -> Released:
+        """Hand in a measurement."""
+        return await self.releaser.release(
+            ReleaseRequest(
+                caller=caller,
+                request_id=request_id or uuid4(),
+                launch_id=launch_id,
+                blob=MeasurementBlob.parse(blob),
+                firmware=firmware,
+            )
+        )
+
+    async def abandon(
+        self, launch_id: UUID, *, caller: str = CALLER, request_id: UUID | None = None, reason: Any = None
+    ) -> Launch:
+        """Give a launch up."""
+        return await self.broker.abandon(
+            AbandonRequest(caller=caller, request_id=request_id or uuid4(), launch_id=launch_id, reason=reason)
+        )
+
+    async def digests(self, workload: str = "web") -> tuple[bytes, ...]:
+        """What the workload in force allows."""
+        prepared = await self.library.in_force(workload)
+        assert prepared is not None
+        return tuple(reference.digest for reference in prepared.references)
+
+    def audit(self, launch_id: UUID | None = None) -> list[AuditRow]:
+        """The audit records."""
+        return read_audit(self.folder / "state" / FILE_NAME, launch_id)
+
+    async def keys_of(self, launch_id: UUID) -> object:
+        """The sealed keys that the store has of a launch."""
+        row = await self.store.launch(launch_id)
+        assert row is not None
+        return row.keys
+
+
+@contextlib.asynccontextmanager
+async def desk(
+    folder: Path,
+    *,
+    content: dict[str, Any] | Sequence[dict[str, Any]] | None = None,
+    platform: SyntheticPlatform | None = None,
+    generation: str | None = None,
+    key_service: KeyService | None = None,
+    denied: Sequence[str] = (),
+    open_cap: int = 100,
+    clock: SettableClock | None = None,
+    on_step: Callable[[str], None] = no_step,
+    random: Callable[[int], bytes] = os.urandom,
+    write_log: Log | None = None,
+) -> AsyncIterator[Desk]:
+    """A desk in `folder`; what is there from an earlier desk is found again.
+
+    Args:
+        folder: the owner's; gets `documents` and `state`.
+        content: the workload documents; `document()` if absent and none was written before.
+        platform: the host's; its root counts as `generation`.
+        generation: what the platform's root is taken for; `emulated` if absent.
+        key_service: where signed CEKs come from.
+        denied: the owner's deny-list.
+        open_cap: open launches a caller may have.
+        clock: the time.
+        on_step: called between steps.
+        random: random bytes.
+        write_log: a log in place of the recording one.
+    """
+    documents = folder / "documents"
+    if not documents.exists():
+        write_artefacts(documents)
+        contents = [document()] if content is None else [content] if isinstance(content, dict) else content
+        for index, each in enumerate(contents):
+            write_document(documents, each, f"web-{index}.yaml")
+    host = platform or make_platform()
+    root = host.root if generation is None else replace(host.root, generation=generation, emulated=False)
+    clock = clock or SettableClock(START)
+    recording = RecordingLog()
+    log = write_log or recording
+    library = Library(documents, log)
+    await library.load()
+    store = SqliteStore(folder / "state", on_step=on_step)
+    await store.open()
+    try:
+        deny_list = DenyList(denied)
+        dependencies = Dependencies(
+            store=store,
+            workloads=library,
+            platforms=PlatformVerifier([root], key_service, log),
+            denied=deny_list,
+            sealing=FileKey(KEK),
+            secrets=FileSecrets(random, log),
+            time=Timekeeper(clock, await store.last_time()),
+            records=Recorder(log, uuid4),
+            random=random,
+            new_id=uuid4,
+            open_cap=open_cap,
+            on_step=on_step,
+        )
+        yield Desk(
+            folder=folder,
+            documents=documents,
+            clock=clock,
+            log=recording,
+            platform=host,
+            store=store,
+            library=library,
+            denied=deny_list,
+            dependencies=dependencies,
+            broker=Broker(dependencies),
+            releaser=Releaser(dependencies),
+            reports=ReportVerifier(dependencies),
+        )
+    finally:
+        await store.close()

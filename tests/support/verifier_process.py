@@ -1,0 +1,180 @@
+"""`sev-verifier serve` as a real process behind mutual TLS, with an owner's folder that a test may edit.
+
+`with_faults` starts the same program with a hook that kills it (SIGKILL) at a named step: the hook is installed here,
+by this module run as a program; the product has no switch for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+import grpc
+
+from common.rpc.client import open_channel
+from common.rpc.identity import Role
+from sevattest.v1 import verifier_service_pb2_grpc
+from tests.support.chains import SyntheticPlatform, make_platform
+from tests.support.desk import KEK, document, write_artefacts, write_document
+from tests.support.pki import DATACENTER_DOMAIN, Pki
+
+_START_TIMEOUT = 60.0
+
+
+@dataclass(kw_only=True)
+class VerifierSite:
+    """An owner's folder with everything that a verifier needs.
+
+    Attributes:
+        folder: the owner's.
+        pki: both sites' identities.
+        platform: the host's; the configuration names its root.
+    """
+
+    folder: Path
+    pki: Pki
+    platform: SyntheticPlatform
+    config: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.config = self.folder / "verifier.toml"
+
+    @classmethod
+    def make(cls, folder: Path, *, content: dict[str, Any] | None = None, extra: str = "") -> VerifierSite:
+        """Write configuration, key file, documents, root and identities.
+
+        Args:
+            folder: where to; must be short enough for a socket's path.
+            content: the workload document; `document()` for the caller `cluster` if absent.
+            extra: more of the configuration.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        site = cls(folder=folder, pki=Pki(folder / "pki"), platform=make_platform())
+        write_artefacts(folder / "documents")
+        write_document(folder / "documents", content or document())
+        (folder / "ask_ark.cert").write_bytes(site.platform.ca.to_bytes())
+        key_file = folder / "kek.bin"
+        key_file.touch(mode=0o600)
+        key_file.write_bytes(KEK)
+        server = site.pki.issue(Role.VERIFIER, "v")
+        site.config.write_text(
+            f"""\
+listen = "127.0.0.1:0"
+state_dir = "state"
+documents = "documents"
+key_file = "kek.bin"
+
+[tls]
+cert = "{server.cert}"
+key = "{server.key}"
+client_ca = "{site.pki.datacenter_ca}"
+trust_domain = "{DATACENTER_DOMAIN}"
+
+[health]
+socket = "h.sock"
+
+[platforms]
+extra_roots = ["ask_ark.cert"]
+{extra}
+"""
+        )
+        return site
+
+    def channel(self, address: str, *, name: str = "cluster", role: Role = Role.ORCHESTRATOR) -> grpc.aio.Channel:
+        """A client's channel to a serving verifier."""
+        return open_channel(address, self.pki.client_tls(role, name, server=Role.VERIFIER))
+
+    def stub(self, channel: grpc.aio.Channel) -> Any:
+        """The generated client."""
+        return verifier_service_pb2_grpc.VerifierServiceStub(channel)
+
+    def serve(self, *, die_at: str | None = None) -> ServingVerifier:
+        """Start the program; with `die_at` it kills itself at that step."""
+        words = [sys.executable, "-m", "verifier.cli", "serve", "--config", str(self.config)]
+        if die_at is not None:
+            words = [sys.executable, "-m", "tests.support.verifier_process", str(self.config), die_at]
+        log = self.folder / "log"
+        with log.open("ab") as errors:
+            process = subprocess.Popen(
+                words, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=Path(__file__).parents[2]
+            )
+        assert process.stdout is not None
+        watchdog = threading.Timer(_START_TIMEOUT, process.kill)
+        watchdog.start()
+        line = process.stdout.readline()
+        watchdog.cancel()
+        if not line.startswith("sev-verifier: serving on "):
+            process.kill()
+            process.communicate()
+            raise AssertionError(f"the verifier did not start: {log.read_text()}")
+        return ServingVerifier(process=process, address=line.rsplit(" ", 1)[-1].strip())
+
+
+@dataclass(kw_only=True)
+class ServingVerifier:
+    """The running program."""
+
+    process: subprocess.Popen[str]
+    address: str
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.stop()
+
+    def kill(self) -> None:
+        """SIGKILL: no step of the process's own runs after it."""
+        self.process.kill()
+        self.process.communicate()
+
+    def stop(self) -> int:
+        """SIGTERM, and the exit code."""
+        if self.process.poll() is None:
+            self.process.terminate()
+        try:
+            self.process.communicate(timeout=_START_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.communicate()
+        return self.process.returncode
+
+    async def wait_dead(self) -> int:
+        """The exit code of a process that is about to die."""
+        return await asyncio.to_thread(self.process.wait, _START_TIMEOUT)
+
+
+def killer(step: str) -> Callable[[str], None]:
+    """A hook that kills this process at `step`, as `kill -9` would."""
+
+    def hook(reached: str) -> None:
+        if reached == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+            signal.pause()
+
+    return hook
+
+
+def main(config: str, die_at: str) -> None:
+    """Serve with a hook that kills the process at one step."""
+    from common.telemetry.log import configure
+    from verifier.app import App, real_surroundings
+
+    async def serve() -> None:
+        surroundings = replace(real_surroundings(), on_step=killer(die_at))
+        app = App(Path(config), configure("sev-verifier"), surroundings)
+        await app.run(lambda address: print(f"sev-verifier: serving on {address}", flush=True))  # noqa: T201 -- as serve does
+
+    asyncio.run(serve())
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,271 @@
+"""QEMU's monitor over a fake that misbehaves: every case ends in a typed error, in time, with nothing left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.errors import OutcomeUnknown, PlatformFailed, Reason, Refused, SevattestError, Unavailable
+from host_agent.hypervisors.qmp import COMMANDS, IRREVERSIBLE, MonitorSession, monitor
+from tests.support import fake_qemu
+from tests.support.agent import Script, open_descriptors
+from tests.support.eventually import until
+
+SOCKET = "qmp.sock"
+LONG = 20.0
+SHORT = 0.3
+ARGUMENTS = ["-object", "sev-guest,id=sev0,policy=0x1", "-qmp", f"unix:{SOCKET},server=on,wait=off"]
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Script:
+    # Far deeper than a socket's address can be.
+    folder = tmp_path / ("x" * 120)
+    folder.mkdir()
+    return Script(folder / "script.json")
+
+
+@pytest.fixture
+def qemu(script: Script) -> Iterator[Script]:
+    with subprocess.Popen(
+        [sys.executable, "-ISE", fake_qemu.__file__, str(script.path), *ARGUMENTS], cwd=script.path.parent
+    ) as process:
+        try:
+            yield script
+        finally:
+            process.kill()
+
+
+@asynccontextmanager
+async def session(script: Script, limit: float = LONG) -> AsyncIterator[MonitorSession]:
+    """A connection, once the program listens."""
+    await until(lambda: any("listening" in entry for entry in script.journal))
+    async with monitor(script.path.parent, SOCKET, limit=limit) as connected:
+        yield connected
+
+
+async def test_a_command_has_its_answer(qemu: Script) -> None:
+    async with session(qemu) as connected:
+        assert await connected.execute("query-status") == {"status": "prelaunch", "singlestep": False, "running": False}
+
+
+async def test_only_the_agents_commands_can_be_said(qemu: Script) -> None:
+    async with session(qemu) as connected:
+        for command in ("human-monitor-command", "system_reset", "quit", "stop", "device_add", "qmp_capabilities", ""):
+            with pytest.raises(ValueError, match="not a command"):
+                await connected.execute(command)
+    assert [entry["execute"] for entry in qemu.journal if "execute" in entry] == ["qmp_capabilities"]
+
+
+async def test_the_list_of_commands_is_short() -> None:
+    assert len(COMMANDS) == 6
+    assert IRREVERSIBLE <= COMMANDS
+
+
+@pytest.mark.parametrize(
+    "action",
+    [{"do": "events", "count": 100}, {"do": "split"}, {"do": "twice"}],
+    ids=lambda action: action["do"],
+)
+async def test_an_odd_but_honest_monitor_is_understood(qemu: Script, action: dict[str, object]) -> None:
+    qemu.set(on={"query-status": [action]})
+    async with session(qemu) as connected:
+        for _ in range(2):
+            answer = await connected.execute("query-status")
+            assert isinstance(answer, dict)
+            assert answer["status"] == "prelaunch"
+
+
+async def test_events_that_nobody_reads_are_not_kept(qemu: Script) -> None:
+    qemu.set(on={"query-status": [{"do": "events", "count": 1000}]})
+    async with session(qemu) as connected:
+        await connected.execute("query-status")
+        assert connected._client.events.empty()
+
+
+async def test_a_process_that_is_out_of_descriptors_loses_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(*_: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    before = open_descriptors()
+    with monkeypatch.context() as patch:
+        patch.setattr(socket, "socket", none_left)
+        with pytest.raises(Unavailable):
+            async with monitor(tmp_path, SOCKET, limit=LONG):
+                pass
+    assert open_descriptors() == before
+
+
+BROKEN: list[dict[str, Any]] = [
+    {"do": "close"},
+    {"do": "silence"},
+    {"do": "wrong_id"},
+    {"do": "text", "text": "hello"},
+    {"do": "text", "text": "[]"},
+    {"do": "text", "text": '{"error": {"class": "GenericError", "desc": "JSON parse error"}}'},
+    {"do": "text", "text": '{"return": {}}'},
+    {"do": "text", "text": '{"id": "__qmp#00000"}'},
+    {"do": "text", "text": '{"id": "__qmp#00000", "error": "no"}'},
+    {"do": "text", "text": '{"return": ' + "1" * 5000 + "}"},
+    {"do": "long", "size": 2 << 20},
+    {"do": "deep"},
+]
+
+
+@pytest.mark.parametrize("action", BROKEN, ids=[f"{a['do']}-{str(a.get('text', ''))[:16]}" for a in BROKEN])
+@pytest.mark.parametrize(
+    ("command", "kind"),
+    [("query-status", Unavailable), ("cont", OutcomeUnknown), ("sev-inject-launch-secret", OutcomeUnknown)],
+)
+async def test_a_dishonest_monitor_ends_in_a_typed_error_and_the_connection_is_not_used_again(
+    qemu: Script, action: dict[str, object], command: str, kind: type[SevattestError]
+) -> None:
+    qemu.set(on={command: [action]})
+    limit = SHORT if action["do"] in {"silence", "wrong_id", "text"} else LONG
+    async with session(qemu, limit) as connected:
+        with pytest.raises(kind):
+            await connected.execute(command)
+        with pytest.raises(ValueError, match="not used again"):
+            await connected.execute("query-status")
+    async with session(qemu) as connected:
+        assert isinstance(await connected.execute("query-status"), dict)
+
+
+async def test_an_answer_after_the_time_limit_reaches_nobody(qemu: Script) -> None:
+    qemu.set(on={"query-status": [{"do": "silence"}]})
+    async with session(qemu, SHORT) as connected:
+        with pytest.raises(Unavailable, match="no answer"):
+            await connected.execute("query-status")
+    async with session(qemu) as connected:
+        assert await connected.execute("query-sev-launch-measure") != {}
+
+
+async def test_an_error_is_told_in_qemus_words(qemu: Script) -> None:
+    qemu.set(on={"query-sev": [{"do": "error", "desc": "KVM not enabled\nat all"}]})
+    async with session(qemu) as connected:
+        with pytest.raises(PlatformFailed, match="the machine refused query-sev: KVM not enabled at all") as failure:
+            await connected.execute("query-sev")
+        assert failure.value.reason is Reason.HYPERVISOR_FAILED
+        # An answered error breaks nothing.
+        assert isinstance(await connected.execute("query-sev"), dict)
+
+
+async def test_a_firmware_status_in_qemus_words_is_understood(qemu: Script) -> None:
+    words = "SEV: failed to inject secret ret=-5 fw_error=11 'Bad measurement'"
+    qemu.set(on={"sev-inject-launch-secret": [{"do": "error", "desc": words}]})
+    async with session(qemu) as connected:
+        with pytest.raises(Refused) as failure:
+            await connected.execute("sev-inject-launch-secret", {"packet-header": "", "secret": ""})
+    assert failure.value.reason is Reason.FIRMWARE_BAD_MEASUREMENT
+    assert failure.value.fields["fw_error"] == "11"
+
+
+@pytest.mark.parametrize("mute", ["silence", "close", "garbage"])
+async def test_a_monitor_that_does_not_greet_is_unavailable(qemu: Script, mute: str) -> None:
+    qemu.set(mute=mute)
+    with pytest.raises(Unavailable):
+        async with session(qemu, SHORT if mute == "silence" else LONG):
+            pass
+
+
+async def test_a_second_client_is_told_in_time_that_it_hears_nothing(qemu: Script) -> None:
+    async with session(qemu):
+        with pytest.raises(Unavailable, match="does not greet"):
+            async with session(qemu, SHORT):
+                pass
+    async with session(qemu) as connected:
+        assert isinstance(await connected.execute("query-sev"), dict)
+
+
+def fill_backlog(folder: Path) -> list[socket.socket]:
+    """Connect until the kernel says that the backlog is full."""
+    directory = os.open(folder, os.O_PATH)
+    waiting: list[socket.socket] = []
+    try:
+        while True:
+            client = socket.socket(socket.AF_UNIX)
+            waiting.append(client)
+            client.settimeout(0)
+            client.connect(f"/proc/self/fd/{directory}/{SOCKET}")
+    except BlockingIOError:
+        return waiting
+    finally:
+        os.close(directory)
+
+
+async def test_a_full_backlog_is_waited_for_until_the_limit(qemu: Script) -> None:
+    async with session(qemu):
+        waiting = fill_backlog(qemu.path.parent)
+        try:
+            with pytest.raises(Unavailable, match="takes no connection"):
+                async with session(qemu, SHORT):
+                    pass
+        finally:
+            for client in waiting:
+                client.close()
+
+
+async def test_a_socket_that_is_not_there_is_unavailable(script: Script) -> None:
+    with pytest.raises(Unavailable, match="cannot be reached"):
+        async with monitor(script.path.parent, SOCKET, limit=LONG):
+            pass
+
+
+async def test_a_stale_socket_is_unavailable(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(script.path.parent)
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(SOCKET)
+    with pytest.raises(Unavailable, match="refused"):
+        async with monitor(script.path.parent, SOCKET, limit=LONG):
+            pass
+
+
+async def test_a_listener_of_another_user_is_refused(qemu: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = os.geteuid() + 1
+    async with session(qemu):
+        pass
+    monkeypatch.setattr(os, "geteuid", lambda: other)
+    with pytest.raises(Unavailable, match="another user"):
+        async with session(qemu):
+            pass
+
+
+async def test_a_step_that_is_cancelled_leaves_no_connection(qemu: Script) -> None:
+    qemu.set(on={"query-status": [{"do": "silence"}]})
+
+    async def step() -> None:
+        async with session(qemu) as connected:
+            await connected.execute("query-status")
+
+    task = asyncio.create_task(step())
+    await until(lambda: qemu.commands("query-status"))
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    async with session(qemu) as connected:
+        assert isinstance(await connected.execute("query-sev"), dict)
+
+
+@pytest.mark.slow
+async def test_three_hundred_connections_leave_no_descriptor_and_no_task(qemu: Script) -> None:
+    async with session(qemu):
+        pass
+    qemu.set(on={"query-sev": [{"do": "close"}] * 100})
+    before = open_descriptors(), len(asyncio.all_tasks())
+    for number in range(300):
+        try:
+            async with session(qemu) as connected:
+                await connected.execute("query-sev" if number % 3 == 0 else "query-status")
+        except Unavailable:
+            assert number % 3 == 0
+    assert (open_descriptors(), len(asyncio.all_tasks())) == before

@@ -1,0 +1,466 @@
+"""What happens to launches when nobody asks: restarts, deaths, time limits, guests that run too early."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from common.errors import InvalidInput, NotFound, OutcomeUnknown, Reason, Unavailable, WrongState
+from host_agent.hypervisors.base import MachineId
+from host_agent.launches.launch import Failure, Launch
+from host_agent.launches.state import LaunchState as S
+from tests.support.agent import (
+    ALICE,
+    HEADER,
+    LIMITS,
+    PAYLOAD,
+    QUICK,
+    FakeDevice,
+    Rig,
+    alive,
+    pid_of,
+    rig,
+    strays,
+)
+from tests.support.eventually import until
+from tests.support.rpc import SettableClock
+
+RUNNING = {"run": {"status": "running", "running": True}, "sev": {"state": "running"}}
+
+
+@pytest.fixture
+async def agent(tmp_path: Path) -> AsyncIterator[Rig]:
+    async with rig(tmp_path) as made:
+        yield made
+    assert not list(strays(tmp_path))
+
+
+def reason(launch: Launch) -> Reason | None:
+    return None if launch.failure is None else launch.failure.reason
+
+
+@contextmanager
+def somebody_else() -> Iterator[subprocess.Popen[bytes]]:
+    """A process that is nobody's machine, leader of its own session."""
+    with subprocess.Popen(["sleep", "60"], start_new_session=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+class TestRestart:
+    @pytest.mark.parametrize("state", [S.PAUSED, S.MEASURED, S.INJECTED, S.RESUMED])
+    async def test_a_launch_whose_machine_lives_goes_on_where_it_stood(self, tmp_path: Path, state: S) -> None:
+        device, clock = FakeDevice(), SettableClock()
+        first = Rig(tmp_path, device=device, clock=clock)
+        first.folders.open()
+        launch = await first.up_to(state)
+        await first.leave()
+        async with rig(tmp_path, device=device, clock=clock) as second:
+            found = second.now(launch)
+            assert found == launch
+            assert alive(pid_of(found))
+            if state is S.PAUSED:
+                found = await second.runner.measure(ALICE, launch.launch_id)
+            if found.state is S.MEASURED:
+                await second.runner.inject(ALICE, launch.launch_id, uuid4(), HEADER, PAYLOAD)
+            assert (await second.runner.resume(ALICE, launch.launch_id, uuid4())).state is S.RESUMED
+            assert len(second.script.commands("sev-inject-launch-secret")) == 1
+        assert not list(strays(tmp_path))
+
+    @pytest.mark.parametrize(
+        ("state", "then"),
+        [(S.PAUSED, S.FAILED), (S.MEASURED, S.FAILED), (S.INJECTED, S.FAILED), (S.RESUMED, S.STOPPED)],
+    )
+    async def test_a_launch_whose_machine_died_meanwhile_ends(self, tmp_path: Path, state: S, then: S) -> None:
+        first = Rig(tmp_path)
+        first.folders.open()
+        launch = await first.up_to(state)
+        await first.leave()
+        os.kill(pid_of(launch), signal.SIGKILL)
+        async with rig(tmp_path) as second:
+            assert (await second.until(launch, then)).state is then
+            assert reason(second.now(launch)) is (Reason.GUEST_GONE if then is S.FAILED else None)
+
+    async def test_another_process_with_the_machines_pid_is_not_touched(self, tmp_path: Path) -> None:
+        first = Rig(tmp_path)
+        first.folders.open()
+        launch = await first.up_to(S.PAUSED)
+        await first.leave()
+        os.kill(pid_of(launch), signal.SIGKILL)
+        record = tmp_path / "state" / "launches" / str(launch.launch_id) / "record.json"
+        written = json.loads(record.read_text())
+        with somebody_else() as other:
+            written["machine"]["pid"] = other.pid
+            record.write_text(json.dumps(written))
+            async with rig(tmp_path) as second:
+                assert second.now(launch).state is S.FAILED
+                assert reason(second.now(launch)) is Reason.GUEST_GONE
+            assert other.poll() is None
+
+    async def test_a_machine_of_another_boot_is_not_looked_for(self, tmp_path: Path) -> None:
+        async with rig(tmp_path) as agent:
+            launch = await agent.up_to(S.PAUSED)
+            identity = launch.machine
+            assert identity is not None
+            other = MachineId(pid=identity.pid, start_time=identity.start_time, boot_id=str(uuid4()))
+            assert agent.hypervisor.find("web", launch.launch_id, tmp_path, other) is None
+
+    async def test_a_restarted_agent_remembers_its_requests(self, tmp_path: Path) -> None:
+        device = FakeDevice()
+        first = Rig(tmp_path, device=device)
+        first.folders.open()
+        order = first.order()
+        launch = await first.runner.start(ALICE, order)
+        await first.leave()
+        async with rig(tmp_path, device=device) as second:
+            assert await second.runner.start(ALICE, order) == launch
+            with pytest.raises(InvalidInput):
+                await second.runner.start(ALICE, replace(order, policy=5))
+            assert len(second.script.started) == 1
+
+    async def test_an_injection_of_unknown_outcome_waits_for_the_same_packet(self, tmp_path: Path) -> None:
+        first = Rig(tmp_path)
+        first.folders.open()
+        launch = await first.up_to(S.MEASURED)
+        first.script.set(on={"sev-inject-launch-secret": [{"do": "close", "effect": True}]})
+        with pytest.raises(OutcomeUnknown):
+            await first.runner.inject(ALICE, launch.launch_id, uuid4(), HEADER, PAYLOAD)
+        await first.leave()
+        async with rig(tmp_path) as second:
+            assert second.now(launch).state is S.INJECTING
+            with pytest.raises(WrongState) as refusal:
+                await second.runner.inject(ALICE, launch.launch_id, uuid4(), HEADER, bytes(16))
+            assert refusal.value.reason is Reason.PACKET_DIFFERS
+            second.script.set()
+            again = await second.runner.inject(ALICE, launch.launch_id, uuid4(), HEADER, PAYLOAD)
+            assert again.state is S.INJECTED
+
+    @pytest.mark.parametrize(("runs", "then"), [(True, S.RESUMED), (False, S.INJECTED)])
+    async def test_a_resumption_of_unknown_outcome_is_settled_by_the_machine(
+        self, tmp_path: Path, *, runs: bool, then: S
+    ) -> None:
+        first = Rig(tmp_path, settings=replace(QUICK, command_timeout=0.5))
+        first.folders.open()
+        launch = await first.up_to(S.INJECTED)
+        silence = [{"do": "events", "count": 0}, {"do": "silence"}]
+        first.script.set(on={"cont": [{"do": "close", "effect": runs}], "query-status": silence})
+        with pytest.raises(OutcomeUnknown):
+            await first.runner.resume(ALICE, launch.launch_id, uuid4())
+        await first.leave()
+        first.script.set()
+        async with rig(tmp_path) as second:
+            assert second.now(launch).state is then
+
+    @pytest.mark.parametrize("state", [S.PAUSED, S.MEASURED])
+    async def test_a_guest_that_is_found_running_without_its_secret_is_ended(self, tmp_path: Path, state: S) -> None:
+        first = Rig(tmp_path)
+        first.folders.open()
+        launch = await first.up_to(state)
+        await first.leave()
+        first.script.set(**RUNNING)
+        async with rig(tmp_path) as second:
+            assert second.now(launch).state is S.FAILED
+            assert reason(second.now(launch)) is Reason.GUEST_NOT_PAUSED
+            assert not alive(pid_of(launch))
+
+    async def test_an_attested_guest_that_somebody_else_resumed_runs_on(self, tmp_path: Path) -> None:
+        first = Rig(tmp_path)
+        first.folders.open()
+        launch = await first.up_to(S.INJECTED)
+        await first.leave()
+        first.script.set(**RUNNING)
+        async with rig(tmp_path) as second:
+            assert second.now(launch).state is S.RESUMED
+
+    async def test_an_end_that_was_begun_is_finished(self, tmp_path: Path) -> None:
+        first = Rig(tmp_path)
+        first.folders.open()
+        launch = await first.up_to(S.MEASURED)
+        record = tmp_path / "state" / "launches" / str(launch.launch_id) / "record.json"
+        written = json.loads(record.read_text())
+        written["ending"] = {"event": "ABORTED", "failure": None}
+        record.write_text(json.dumps(written))
+        await first.leave()
+        async with rig(tmp_path) as second:
+            assert second.now(launch).state is S.ABORTED
+            assert not alive(pid_of(launch))
+
+    async def test_a_launch_that_expired_while_the_agent_was_down_is_ended(self, tmp_path: Path) -> None:
+        clock = SettableClock()
+        first = Rig(tmp_path, clock=clock)
+        first.folders.open()
+        launch = await first.up_to(S.MEASURED)
+        await first.leave()
+        clock.advance(timedelta(minutes=16))
+        async with rig(tmp_path, clock=clock) as second:
+            assert second.now(launch).state is S.ABORTED
+            assert reason(second.now(launch)) is Reason.LAUNCH_EXPIRED
+            assert not alive(pid_of(launch))
+
+    async def test_a_record_that_cannot_be_read_stops_the_agent_and_is_named(self, tmp_path: Path) -> None:
+        first = Rig(tmp_path)
+        first.folders.open()
+        launch = await first.up_to(S.PAUSED)
+        await first.runner.abort(ALICE, launch.launch_id, uuid4())
+        await first.leave()
+        record = tmp_path / "state" / "launches" / str(launch.launch_id) / "record.json"
+        whole = record.read_bytes()
+        for broken in (b"", whole[:-20], b"{}", b"\xff", whole.replace(b'"version": 1', b'"version": 2'), b"[" * 10**5):
+            record.write_bytes(broken)
+            with pytest.raises(InvalidInput, match=str(record)):
+                async with rig(tmp_path):
+                    pass
+        record.write_bytes(whole)
+        other = record.parent.with_name(str(uuid4()))
+        record.parent.rename(other)
+        with pytest.raises(InvalidInput, match="another launch"):
+            async with rig(tmp_path):
+                pass
+
+    async def test_the_family_of_a_machine_that_died_meanwhile_is_ended(self, tmp_path: Path) -> None:
+        first = Rig(tmp_path)
+        first.folders.open()
+        first.script.set(child=True)
+        launch = await first.up_to(S.PAUSED)
+        [child] = [entry["child"] for entry in first.script.journal if "child" in entry]
+        await first.leave()
+        os.kill(pid_of(launch), signal.SIGKILL)
+        assert alive(child)
+        async with rig(tmp_path) as second:
+            assert second.now(launch).state is S.FAILED
+            assert not alive(child)
+
+
+class TestDeath:
+    @pytest.mark.parametrize(
+        ("state", "then"),
+        [(S.PAUSED, S.FAILED), (S.MEASURED, S.FAILED), (S.INJECTED, S.FAILED), (S.RESUMED, S.STOPPED)],
+    )
+    async def test_a_machines_death_is_noticed_as_it_happens(self, agent: Rig, state: S, then: S) -> None:
+        launch = await agent.up_to(state)
+        os.kill(pid_of(launch), signal.SIGKILL)
+        seen = await agent.until(launch, then)
+        assert reason(seen) is (Reason.GUEST_GONE if then is S.FAILED else None)
+        assert agent.ledger.unfinished() == []
+
+    async def test_what_a_dead_machine_leaves_behind_is_ended(self, agent: Rig) -> None:
+        agent.script.set(child=True)
+        launch = await agent.up_to(S.PAUSED)
+        [child] = [entry["child"] for entry in agent.script.journal if "child" in entry]
+        os.kill(pid_of(launch), signal.SIGKILL)
+        await agent.until(launch, S.FAILED)
+        assert not alive(child)
+
+    async def test_a_failed_launch_keeps_its_machines_last_words(self, agent: Rig) -> None:
+        launch = await agent.up_to(S.PAUSED)
+        os.kill(pid_of(launch), signal.SIGKILL)
+        await agent.until(launch, S.FAILED)
+        # The end is written down first; the machine's files go right after.
+        folder = agent.folders.folder(launch.launch_id)
+        await until(lambda: {path.name for path in folder.iterdir()} == {"record.json", "machine.log"})
+
+
+class TestLifetime:
+    @pytest.mark.parametrize("state", [S.PAUSED, S.MEASURED, S.INJECTED])
+    async def test_a_launch_that_is_not_resumed_in_time_is_ended(self, agent: Rig, state: S) -> None:
+        launch = await agent.up_to(state)
+        agent.clock.advance(LIMITS.lifetime)
+        await agent.supervisor.tick()
+        assert agent.now(launch).state is state
+        agent.clock.advance(timedelta(seconds=1))
+        await agent.supervisor.tick()
+        assert agent.now(launch).state is S.ABORTED
+        assert not alive(pid_of(launch))
+        with pytest.raises(WrongState) as refusal:
+            await agent.runner.inject(ALICE, launch.launch_id, uuid4(), HEADER, PAYLOAD)
+        assert refusal.value.reason is Reason.LAUNCH_EXPIRED
+
+    async def test_a_guest_that_runs_has_no_lifetime(self, agent: Rig) -> None:
+        launch = await agent.up_to(S.RESUMED)
+        agent.clock.advance(timedelta(days=400))
+        await agent.supervisor.tick()
+        assert agent.now(launch).state is S.RESUMED
+        assert alive(pid_of(launch))
+
+
+class TestLooks:
+    @pytest.mark.parametrize("state", [S.PAUSED, S.MEASURED])
+    async def test_a_guest_that_somebody_else_resumed_too_early_is_ended(self, agent: Rig, state: S) -> None:
+        launch = await agent.up_to(state)
+        agent.script.set(**RUNNING)
+        await agent.supervisor.tick()
+        assert agent.now(launch).state is S.FAILED
+        assert reason(agent.now(launch)) is Reason.GUEST_NOT_PAUSED
+        assert not alive(pid_of(launch))
+
+    async def test_a_paused_guest_is_left_alone(self, agent: Rig) -> None:
+        launch = await agent.up_to(S.MEASURED)
+        for _ in range(5):
+            agent.clock.advance(LIMITS.check_interval)
+            await agent.supervisor.tick()
+        assert agent.now(launch) == launch
+
+    async def test_looks_keep_their_interval(self, agent: Rig) -> None:
+        await agent.up_to(S.MEASURED)
+        await agent.supervisor.tick()
+        looks = len(agent.script.commands("query-status"))
+        await agent.supervisor.tick()
+        assert len(agent.script.commands("query-status")) == looks
+        agent.clock.advance(LIMITS.check_interval)
+        await agent.supervisor.tick()
+        assert len(agent.script.commands("query-status")) == looks + 1
+
+    @pytest.mark.parametrize(("state", "then"), [(S.MEASURED, S.FAILED), (S.INJECTED, S.INJECTED)])
+    async def test_a_machine_that_never_says_whether_it_runs_is_ended_unless_it_is_attested(
+        self, tmp_path: Path, state: S, then: S
+    ) -> None:
+        async with rig(tmp_path, settings=replace(QUICK, command_timeout=0.2)) as agent:
+            agent.script.set()
+            launch = await agent.up_to(state)
+            agent.script.set(mute="silence")
+            for _ in range(LIMITS.silent_checks):
+                assert agent.now(launch).state is state
+                agent.clock.advance(LIMITS.check_interval)
+                await agent.supervisor.tick()
+            assert agent.now(launch).state is then
+            assert alive(pid_of(launch)) is (then is S.INJECTED)
+
+    async def test_an_end_that_takes_many_tries_keeps_its_reason(
+        self, agent: Rig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        launch = await agent.up_to(S.MEASURED)
+        machine = agent.custody.machine(launch.launch_id)
+        assert machine is not None
+
+        async def hung() -> None:
+            raise Unavailable(Reason.PLATFORM_UNAVAILABLE, "the machine was killed, and its process does not end")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(machine, "end", hung)
+            with pytest.raises(Unavailable):
+                await agent.runner.abort(ALICE, launch.launch_id, uuid4())
+            for _ in range(LIMITS.silent_checks - 1):
+                await agent.supervisor.tick()
+            tries = []
+
+            async def at_last() -> None:
+                tries.append(1)
+                if len(tries) == 1:
+                    await hung()
+
+            patch.setattr(machine, "end", at_last)
+            await agent.supervisor.tick()
+            await agent.supervisor.tick()
+        ended = agent.now(launch)
+        assert ended.state is S.ABORTED
+        assert ended.failure is None
+        os.kill(pid_of(launch), signal.SIGKILL)
+
+    async def test_the_machines_log_is_kept_within_its_bound(self, agent: Rig) -> None:
+        agent.script.set(noise=1 << 20)
+        launch = await agent.up_to(S.PAUSED)
+        log = agent.folders.folder(launch.launch_id) / "machine.log"
+        assert log.stat().st_size > 1 << 20
+        await agent.supervisor.tick()
+        assert log.stat().st_size <= 256 * 1024
+
+
+class TestRetention:
+    async def test_ended_launches_are_forgotten_when_they_are_old(self, agent: Rig) -> None:
+        order = agent.order()
+        launch = await agent.runner.start(ALICE, order)
+        await agent.runner.abort(ALICE, launch.launch_id, uuid4())
+        agent.clock.advance(LIMITS.retain_age)
+        await agent.supervisor.tick()
+        assert agent.now(launch).state is S.ABORTED
+        agent.clock.advance(timedelta(minutes=11))
+        await agent.supervisor.tick()
+        with pytest.raises(NotFound):
+            agent.now(launch)
+        assert not agent.folders.folder(launch.launch_id).exists()
+
+    async def test_the_oldest_of_too_many_ended_launches_are_forgotten(self, tmp_path: Path) -> None:
+        async with rig(tmp_path, limits=replace(LIMITS, retain_count=2)) as agent:
+            for _ in range(4):
+                launch = await agent.up_to(S.PAUSED)
+                await agent.runner.abort(ALICE, launch.launch_id, uuid4())
+                agent.clock.advance(timedelta(seconds=1))
+            running = await agent.up_to(S.RESUMED)
+            newest = [launch.launch_id for launch in agent.runner.launches(ALICE)][:3]
+            await agent.supervisor.tick()
+            assert [launch.launch_id for launch in agent.runner.launches(ALICE)] == newest
+            assert running.launch_id in newest
+
+
+class TestFullDisk:
+    async def test_a_launch_that_cannot_be_written_down_starts_nothing(
+        self, agent: Rig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        order = agent.order()
+        with monkeypatch.context() as patch:
+            patch.setattr(agent.folders, "save", full)
+            with pytest.raises(Unavailable) as failure:
+                await agent.runner.start(ALICE, order)
+        assert failure.value.reason is Reason.STORE_UNAVAILABLE
+        assert not agent.script.started
+        assert (await agent.runner.start(ALICE, order)).state is S.PAUSED
+
+    async def test_a_packet_that_cannot_be_written_down_is_not_sent(
+        self, agent: Rig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        launch = await agent.up_to(S.MEASURED)
+        with monkeypatch.context() as patch:
+            patch.setattr(agent.folders, "save", full)
+            with pytest.raises(Unavailable):
+                await agent.runner.inject(ALICE, launch.launch_id, uuid4(), HEADER, PAYLOAD)
+        assert not agent.script.commands("sev-inject-launch-secret")
+        assert agent.now(launch).state is S.MEASURED
+        done = await agent.runner.inject(ALICE, launch.launch_id, uuid4(), HEADER, PAYLOAD)
+        assert done.state is S.INJECTED
+
+    async def test_a_machine_is_ended_although_its_end_cannot_be_written_down_and_the_record_follows(
+        self, agent: Rig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        launch = await agent.up_to(S.MEASURED)
+        with monkeypatch.context() as patch:
+            patch.setattr(agent.folders, "save", full)
+            with pytest.raises(Unavailable):
+                await agent.runner.abort(ALICE, launch.launch_id, uuid4())
+            assert not alive(pid_of(launch))
+            async with agent.ledger.lock(launch.launch_id):
+                pass  # whoever noticed the death has met the full disk too
+        await agent.supervisor.tick()
+        assert agent.now(launch).is_final
+
+
+async def test_two_agents_never_share_a_folder(agent: Rig) -> None:
+    with pytest.raises(InvalidInput, match="another sev-host-agent"):
+        async with rig(agent.folder):
+            pass
+
+
+def full(_launch_id: object, _record: bytes) -> None:
+    raise Unavailable(Reason.STORE_UNAVAILABLE, "no space left on device")
+
+
+def test_a_failure_comes_back_as_the_error_that_it_was() -> None:
+    error = WrongState(Reason.LAUNCH_EXPIRED, "too late", launch_id="x")
+    again = Failure.of(error).error()
+    assert (type(again), again.reason, again.message, again.fields) == (
+        WrongState,
+        error.reason,
+        "too late",
+        error.fields,
+    )

@@ -1,0 +1,173 @@
+"""`agent.toml`: what is accepted, and a sentence for everything that is not."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from common.errors import InvalidInput, Reason
+from common.rpc.identity import Role
+from host_agent import cli
+from host_agent.config import AgentConfig, load
+from tests.support.firmware import amdsev_image, secret_entry, with_footer
+from tests.support.pki import DATACENTER_DOMAIN, Pki
+
+MINIMAL = """
+listen = "127.0.0.1:0"
+state_dir = "state"
+[tls]
+cert = "agent.pem"
+key = "agent.key"
+client_ca = "ca.pem"
+trust_domain = "datacenter.example"
+[device]
+driver = "socket"
+path = "sev.sock"
+"""
+GUEST = """
+[guests.web]
+program = ["/bin/true", "--own"]
+firmware = "OVMF.fd"
+args = ["-m", "1G"]
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "OVMF.fd").write_bytes(amdsev_image())
+    return tmp_path
+
+
+def read(folder: Path, text: str, environ: Mapping[str, str] | None = None) -> AgentConfig:
+    path = folder / "agent.toml"
+    path.write_text(text)
+    return load(path, environ or {})
+
+
+def test_a_small_configuration_has_safe_defaults(folder: Path) -> None:
+    config = read(folder, MINIMAL)
+    assert config.state_dir == folder / "state"
+    assert config.definitions() == {}
+    assert config.limits().lifetime == timedelta(minutes=15)
+    assert config.qemu_settings().start_timeout == 30
+    assert config.health.socket is None
+    assert config.server_tls().role is Role.AGENT
+
+
+def test_a_guest_is_defined_by_program_firmware_and_arguments(folder: Path) -> None:
+    guest = read(folder, MINIMAL + GUEST).definitions()["web"]
+    assert guest.program == ("/bin/true", "--own")
+    assert guest.firmware == folder / "OVMF.fd"
+    assert guest.args == ("-m", "1G")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (MINIMAL.replace('driver = "socket"', 'driver = "ioctl"'), "device.driver: this version has no driver 'ioctl'"),
+        (MINIMAL.replace('driver = "socket"\n', ""), "device.driver"),
+        (MINIMAL.replace("127.0.0.1:0", "localhost"), "address"),
+        (MINIMAL + "[qemu]\nstart_timeout = 0\n", "qemu.start_timeout"),
+        (MINIMAL + "[qemu]\nstart_timeout = 61\n", "qemu.start_timeout"),
+        (MINIMAL + "[qemu]\ncbitpos = 64\n", "qemu.cbitpos"),
+        (MINIMAL + "[launches]\nlifetime = 0\n", "launches.lifetime"),
+        (MINIMAL + "[launches]\nretain_count = -1\n", "launches.retain_count"),
+        (MINIMAL + "[surprise]\n", "surprise"),
+        (MINIMAL + GUEST + "policy = 5\n", "guests.web.policy"),
+        (MINIMAL + GUEST + 'session = "s.b64"\n', "guests.web.session"),
+        (MINIMAL + GUEST + "handle = 1\n", "guests.web.handle"),
+        (MINIMAL + GUEST.replace("[guests.web]", '[guests."../web"]'), "a guest's name"),
+        (MINIMAL + GUEST.replace("[guests.web]", '[guests.""]'), "a guest's name"),
+        (MINIMAL + GUEST.replace('["/bin/true", "--own"]', "[]"), "guests.web.program: names no program"),
+        (
+            MINIMAL + GUEST.replace('"/bin/true"', '"bin/true"'),
+            "guests.web.program: bin/true: must be an absolute path",
+        ),
+        (
+            MINIMAL + GUEST.replace('"/bin/true"', '"/no/such"'),
+            "guests.web.program: /no/such: there is no such program",
+        ),
+        (MINIMAL + GUEST.replace('"--own"', '"a\\u0000b"'), "guests.web.program: holds a zero byte"),
+        (MINIMAL + GUEST.replace("OVMF.fd", "nope.fd"), "guests.web.firmware: .*nope.fd: there is no such file"),
+        (MINIMAL + GUEST.replace('"-m", "1G"', '"-bios", "x"'), r"guests.web.args\[0\]: -bios is not measured"),
+        (
+            MINIMAL + GUEST.replace('"-m", "1G"', '"-object", "sev-guest,id=a"'),
+            r"guests.web.args\[0\]: -object sev-guest",
+        ),
+    ],
+)
+def test_what_cannot_be_used_is_refused_by_its_key(folder: Path, text: str, words: str) -> None:
+    with pytest.raises(InvalidInput, match=words) as refusal:
+        read(folder, text)
+    assert refusal.value.reason is Reason.INVALID_CONFIGURATION
+
+
+def test_a_socket_in_the_agents_folder_is_refused_however_it_is_spelt(folder: Path) -> None:
+    path = f"{folder}/state/launches/x/qmp.sock"
+    with pytest.raises(InvalidInput, match="agent's own monitor"):
+        read(folder, MINIMAL + GUEST.replace('"-m", "1G"', f'"-qmp", "unix:{path},server=on"'))
+    roundabout = MINIMAL.replace('"state"', '"other/../state"') + GUEST
+    with pytest.raises(InvalidInput, match="agent's own monitor"):
+        read(folder, roundabout.replace('"-m", "1G"', f'"-qmp", "unix:{path},server=on"'))
+
+
+def test_variables_override_the_file(folder: Path) -> None:
+    config = read(folder, MINIMAL + GUEST, {"SEVATTEST_LAUNCHES__LIFETIME": "60", "SEVATTEST_LISTEN": "127.0.0.1:1"})
+    assert config.limits().lifetime == timedelta(minutes=1)
+    assert config.listen == "127.0.0.1:1"
+
+
+@pytest.fixture
+def complete(folder: Path) -> Path:
+    """A configuration with certificates that can be used."""
+    pki = Pki(folder / "pki")
+    pair = pki.issue(Role.AGENT, ip=["127.0.0.1"])
+    text = MINIMAL.replace("agent.pem", str(pair.cert)).replace("agent.key", str(pair.key))
+    text = text.replace("ca.pem", str(pki.datacenter_ca)).replace("datacenter.example", DATACENTER_DOMAIN)
+    (folder / "agent.toml").write_text(text + GUEST + '[health]\nsocket = "health.sock"\n')
+    return folder / "agent.toml"
+
+
+def test_check_config_says_what_it_found(complete: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["check-config", "--config", str(complete)]) == 0
+    out = capsys.readouterr().out
+    assert "identity: spiffe://datacenter.example/agent/test" in out
+    assert "guest web: " in out
+    assert "secrets at 0x810000, 3072 bytes" in out
+
+
+def test_check_config_says_which_firmware_takes_no_secrets(complete: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (complete.parent / "OVMF.fd").write_bytes(with_footer(b"code", [secret_entry(0, 0)]))
+    assert cli.main(["check-config", "--config", str(complete)]) == 0
+    assert "NO AREA FOR SECRETS" in capsys.readouterr().out
+
+
+def test_a_bad_configuration_ends_with_2_and_a_sentence(complete: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    complete.write_text(complete.read_text() + "surprise = 1\n")
+    for command in ("check-config", "serve", "health"):
+        if command == "serve":
+            continue  # hardens the process; the integration tests run it
+        assert cli.main([command, "--config", str(complete)]) == 2
+        assert "surprise" in capsys.readouterr().err
+    assert cli.main(["check-config", "--config", str(complete.parent / "nope.toml")]) == 2
+
+
+def test_health_of_an_agent_that_does_not_run_is_3(complete: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["health", "--config", str(complete)]) == 3
+    assert capsys.readouterr().err == "sev-host-agent: not ready\n"
+
+
+def test_usage_errors_end_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ([], ["fly"], ["serve"]):
+        assert cli.main(words) == 2
+    assert capsys.readouterr().err.startswith("sev-host-agent: ")
+
+
+def test_help_imports_no_grpc() -> None:
+    code = "import sys; from host_agent.cli import _parser; _parser(); sys.exit('grpc' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,61 @@
+"""What the firmware's codes mean to a caller."""
+
+from __future__ import annotations
+
+import pytest
+
+from common.errors import PlatformFailed, Reason, Refused, SevattestError, exit_code
+from common.sev.abi import Status
+from host_agent.firmware_errors import find_firmware_error, firmware_failure, hypervisor_failure, printable
+
+VERDICTS = {
+    Status.BAD_MEASUREMENT: Reason.FIRMWARE_BAD_MEASUREMENT,
+    Status.POLICY_FAILURE: Reason.FIRMWARE_POLICY_FAILURE,
+    Status.BAD_SIGNATURE: Reason.FIRMWARE_BAD_SIGNATURE,
+}
+
+
+@pytest.mark.parametrize("code", [*Status, 0x19, 0xFFFF])
+def test_three_codes_are_verdicts_and_the_others_failures(code: int) -> None:
+    error = firmware_failure(code, "LAUNCH_START")
+    assert error.fields["fw_error"] == str(int(code))
+    if code in VERDICTS:
+        assert isinstance(error, Refused)
+        assert error.reason is VERDICTS[Status(code)]
+        assert exit_code(error) == 1
+    else:
+        assert isinstance(error, PlatformFailed)
+        assert error.reason is Reason.FIRMWARE_FAILED
+        assert exit_code(error) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("LAUNCH_START ret=1 fw_error=11 'Bad measurement'", 11),
+        ("failed to inject secret ret=-5 fw_error=0x0b", 11),
+        ("failed to initialize ret=-25 fw_error=0", None),
+        ("no call fw_error=4294967295", None),
+        ("fw_error=-1", None),
+        ("fw_error=x", None),
+        ("nothing", None),
+        ("", None),
+    ],
+)
+def test_a_firmware_status_is_found_in_qemus_words(text: str, code: int | None) -> None:
+    assert find_firmware_error(text) == code
+
+
+@pytest.mark.parametrize(
+    ("words", "kind"),
+    [("fw_error=7", Refused), ("fw_error=22", PlatformFailed), ("no", PlatformFailed), ("", PlatformFailed)],
+)
+def test_a_hypervisors_words_become_the_firmwares_error_or_its_own(words: str, kind: type[SevattestError]) -> None:
+    error = hypervisor_failure("it died", words)
+    assert isinstance(error, kind)
+    assert "it died" in error.message
+
+
+def test_words_from_outside_are_one_printable_line() -> None:
+    assert printable("a\x00b\n\x1b[0m  c\u202e") == "a b [0m c"
+    assert len(printable("x" * 10_000)) == 300

@@ -1,0 +1,243 @@
+"""`check-config` and the other commands that serve nothing: transcripts that a person could read."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from tests.support.desk import document, write_document
+from tests.support.verifier_process import VerifierSite
+from verifier.appraisal.rules import LAUNCH_RULES, PLATFORM_RULES, REPORT_RULES
+from verifier.check import check
+from verifier.cli import main
+from verifier.config import (
+    Config,
+    HealthConfig,
+    KdsConfig,
+    LimitsConfig,
+    PlatformsConfig,
+    TlsConfig,
+    load_config,
+)
+from verifier.documents.generations import GENERATIONS
+from verifier.launches.records import AuditEvent
+from verifier.library.folder import read_folder
+
+STRUCTS = (TlsConfig, HealthConfig, PlatformsConfig, KdsConfig, LimitsConfig)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> VerifierSite:
+    (tmp_path / "kds").mkdir()
+    return VerifierSite.make(tmp_path, extra='[kds]\nsource = "kds"')
+
+
+def command(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    code = main(words)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_a_good_configuration_is_good(site: VerifierSite, capsys: pytest.CaptureFixture[str]) -> None:
+    (site.folder / "documents" / "secret").chmod(0o600)
+    code, out, err = command(capsys, "check-config", "--config", str(site.config))
+    assert (code, out) == (0, "sev-verifier: configuration is good: 1 workloads in 1 documents\n")
+    assert err.splitlines() == [
+        f"warning: platforms.extra_roots: {site.folder}/ask_ark.cert: platforms under this root count as emulated",
+        f"warning: web.yaml: spec.platforms.generations: emulated: {GENERATIONS['emulated'].caution}",
+    ]
+
+
+def test_every_problem_is_listed_with_its_place(site: VerifierSite, capsys: pytest.CaptureFixture[str]) -> None:
+    (site.folder / "kek.bin").chmod(0o644)
+    (site.folder / "ask_ark.cert").write_bytes(b"nothing")
+    (site.folder / "documents" / "kernel").unlink()
+    (site.folder / "documents" / "secret").unlink()
+    code, out, err = command(capsys, "check-config", "--config", str(site.config))
+    assert (code, out) == (2, "")
+    problems = [line for line in err.splitlines() if line.startswith("sev-verifier: ")]
+    assert [problem.split(": ")[1] for problem in problems] == [
+        "key_file",
+        "platforms.extra_roots",
+        "web.yaml",
+        "web.yaml",
+    ]
+    assert "spec.measure: " in problems[2]
+    assert "spec.secrets[0].source.file: " in problems[3]
+
+
+def test_secrets_that_do_not_fit_are_found(site: VerifierSite) -> None:
+    (site.folder / "documents" / "secret").write_bytes(bytes(4000))
+    (problem,) = check(site.config, {}).problems
+    assert problem.startswith("web.yaml: spec.secrets: the workload's secrets take 4048 bytes")
+
+
+def test_a_secret_that_others_can_read_is_a_warning(site: VerifierSite) -> None:
+    (site.folder / "documents" / "secret").chmod(0o644)
+    assert any("can be read by others" in warning for warning in check(site.config, {}).warnings)
+
+
+def test_older_versions_stop_nothing(site: VerifierSite) -> None:
+    older = document(measure={**document()["spec"]["measure"], "kernel": "gone"})
+    older["metadata"]["version"] = "0"
+    write_document(site.folder / "documents", older, "older.yaml")
+    findings = check(site.config, {})
+    assert findings.problems == []
+    assert any(warning.startswith("older.yaml: spec.measure: ") for warning in findings.warnings)
+
+
+def test_an_empty_folder_and_a_missing_key_service_are_warnings(tmp_path: Path) -> None:
+    site = VerifierSite.make(tmp_path)
+    (site.folder / "documents" / "web.yaml").unlink()
+    findings = check(site.config, {})
+    assert findings.problems == []
+    assert any("nothing can be launched" in warning for warning in findings.warnings)
+    assert any(warning.startswith("kds: is not set") for warning in findings.warnings)
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("colour = 1", 'unknown key "kds.colour"'),
+        ("[limits]\nopen_launches = 0", "limits: open_launches: must be 1 to 100000"),
+        ("[limits]\nspeed = 1", 'unknown key "limits.speed"'),
+        ("[limits]\nsweep_interval = nan", "limits: sweep_interval: must be 1 to 3600"),
+    ],
+)
+def test_a_bad_key_is_named_with_its_path(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, problem: str
+) -> None:
+    site = VerifierSite.make(tmp_path, extra=f'[kds]\nsource = "kds"\n{line}')
+    code, _, err = command(capsys, "check-config", "--config", str(site.config))
+    assert code == 2
+    assert problem in err
+
+
+@pytest.mark.parametrize("denied", ["ab", "AB" * 32, "ab" * 33])
+def test_a_denied_chip_that_would_deny_nothing_is_refused(site: VerifierSite, denied: str) -> None:
+    text = site.config.read_text().replace("[platforms]\n", f'[platforms]\ndenied_chips = ["{denied}"]\n')
+    site.config.write_text(text)
+    (problem,) = check(site.config, {}).problems
+    assert "platforms: denied_chips[0]: must be 64" in problem
+
+
+@pytest.mark.parametrize("listen", ["", "/", "localhost", "localhost:65536"])
+def test_an_address_that_cannot_be_listened_on_is_found(site: VerifierSite, listen: str) -> None:
+    (problem,) = check(site.config, {"SEVATTEST_LISTEN": listen}).problems
+    assert problem.startswith("listen: ")
+
+
+@pytest.mark.parametrize("source", ["", "a\0b"])
+def test_a_key_service_that_is_nowhere_is_refused(site: VerifierSite, source: str) -> None:
+    (problem,) = check(site.config, {"SEVATTEST_KDS__SOURCE": source}).problems
+    assert problem.endswith("kds.source: names no folder and no address")
+
+
+def test_a_key_services_folder_that_is_missing_is_a_warning(site: VerifierSite) -> None:
+    (site.folder / "kds").rmdir()
+    findings = check(site.config, {})
+    assert findings.problems == []
+    assert f"kds.source: {site.folder}/kds is not a folder: no CEK is found there" in findings.warnings
+
+
+def test_a_chip_denied_by_its_id_alone_is_a_warning(tmp_path: Path) -> None:
+    site = VerifierSite.make(tmp_path)
+    (warning,) = [each for each in check(site.config, {}).warnings if each.startswith("kds: is not set")]
+    assert "which a host can leave out" in warning
+
+
+def test_a_variable_overrides_the_file(site: VerifierSite) -> None:
+    findings = check(site.config, {"SEVATTEST_KEY_FILE": "other.bin"})
+    assert any("other.bin" in problem for problem in findings.problems)
+
+
+def test_one_ca_for_both_sites_is_refused_unless_written_out(site: VerifierSite) -> None:
+    site.config.write_text(site.config.read_text().replace(str(site.pki.datacenter_ca), str(site.pki.owner_ca)))
+    assert any("issues its callers too" in problem for problem in check(site.config, {}).problems)
+    site.config.write_text(site.config.read_text().replace("trust_domain", "allow_single_ca = true\ntrust_domain"))
+    findings = check(site.config, {})
+    assert findings.problems == []
+    assert any("tls.allow_single_ca" in warning for warning in findings.warnings)
+
+
+def test_keygen_makes_a_file_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "kek.bin"
+    assert command(capsys, "keygen", str(path)) == (0, "", "")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    content = path.read_bytes()
+    code, _, err = command(capsys, "keygen", str(path))
+    assert (code, err) == (2, f"sev-verifier: {path} exists; a key file is never overwritten\n")
+    assert path.read_bytes() == content
+
+
+def test_audit_without_a_store_is_told(site: VerifierSite, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = command(capsys, "audit", "--config", str(site.config))
+    assert (code, out) == (3, "")
+    assert err.startswith("sev-verifier: the store cannot open")
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ((), "the following arguments are required: COMMAND"),
+        (("fly",), "invalid choice: 'fly'"),
+        (("serve",), "the following arguments are required: --config"),
+    ],
+)
+def test_bad_usage_ends_with_2(capsys: pytest.CaptureFixture[str], words: tuple[str, ...], complaint: str) -> None:
+    code, _, err = command(capsys, *words)
+    assert code == 2
+    assert complaint in err
+
+
+def test_a_launch_that_is_no_id_and_a_missing_file_are_bad_input(
+    site: VerifierSite, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = command(capsys, "audit", "--config", str(site.config), "--launch", "1")
+    assert (code, err) == (2, "sev-verifier: --launch: must be a launch's id (a UUID)\n")
+    code, _, err = command(capsys, "health", "--config", str(site.folder / "none.toml"))
+    assert code == 2
+    assert "none.toml" in err
+
+
+def test_bad_documents_are_listed_one_a_line(site: VerifierSite, capsys: pytest.CaptureFixture[str]) -> None:
+    bad: dict[str, Any] = document(callers=[], lifetime="1s")
+    write_document(site.folder / "documents", bad)
+    code, _, err = command(capsys, "check-config", "--config", str(site.config))
+    assert code == 2
+    assert [line for line in err.splitlines() if line.startswith("sev-verifier: web.yaml: spec.")] == [
+        "sev-verifier: web.yaml: spec.callers: names nobody: list the orchestrators that may launch this workload",
+        "sev-verifier: web.yaml: spec.lifetime: must be 10s to 24h, as in 90s, 10m or 1h",
+    ]
+
+
+SAMPLES = Path(__file__).parents[3] / "deploy" / "verifier"
+
+
+def test_the_sample_configuration_and_workload_are_good() -> None:
+    config = load_config(SAMPLES / "verifier.toml", {})
+    assert config.tls.trust_domain == "datacenter.example"
+    workload = read_folder(SAMPLES / "documents")["web"][0]
+    assert workload.warnings == ()
+
+
+def test_the_page_describes_every_setting() -> None:
+    page = (SAMPLES.parents[1] / "docs" / "verifier.md").read_text()
+
+    def keys(struct: type[msgspec.Struct], prefix: str = "") -> Iterator[str]:
+        for field in msgspec.structs.fields(struct):
+            inner = next((each for each in STRUCTS if each.__name__ in str(field.type)), None)
+            yield from keys(inner, f"{field.name}.") if inner else (prefix + field.name,)
+
+    assert [key for key in keys(Config) if f"`{key}`" not in page] == []
+
+
+def test_the_page_describes_every_rule_and_event() -> None:
+    page = (SAMPLES.parents[1] / "docs" / "verifier.md").read_text()
+    rules = {**PLATFORM_RULES, **LAUNCH_RULES, **REPORT_RULES}
+    assert [name for name in (*rules, *AuditEvent) if f"`{name}`" not in page] == []

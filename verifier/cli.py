@@ -1,0 +1,144 @@
+"""The `sev-verifier` command: serve, check-config, health, keygen, audit.
+
+Errors go to stderr as `sev-verifier: sentence`, hints as `hint: sentence`. Exit codes are those of `sevattest`:
+0 done, 1 refused, 2 usage or bad input, 3 something needed failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from common.command import Parser, run_command
+from common.errors import InvalidInput, Reason
+
+_PROGRAM = "sev-verifier"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+
+    def command() -> int:
+        args = _parser().parse_args(argv)
+        code: int = args.command(args)
+        return code
+
+    return run_command(_PROGRAM, command)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog=_PROGRAM, description="the guest owner's side: verifies launches and releases secrets")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, text: str, command: Callable[[argparse.Namespace], int], *, config: bool = True) -> Any:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=command)
+        if config:
+            sub.add_argument("--config", required=True, type=Path, metavar="FILE", help="the configuration, TOML")
+        return sub
+
+    add("serve", "serve until SIGTERM; SIGHUP reads documents and deny-list again", _serve)
+    add("check-config", "list everything that is wrong with the configuration and the documents", _check)
+    add("health", "ask the serving process whether it is ready", _health)
+    keygen = add("keygen", "make a key file: 32 random bytes for its owner only", _keygen, config=False)
+    keygen.add_argument("file", type=Path, metavar="FILE", help="where to; never overwritten")
+    audit = add("audit", "print audit records, oldest first", _audit)
+    audit.add_argument("--launch", metavar="ID", help="only those of one launch")
+    audit.add_argument("--json", action="store_true", help="one JSON object a line")
+    return parser
+
+
+def _serve(args: argparse.Namespace) -> int:
+    import asyncio
+
+    from common.hardening import harden_process
+    from common.telemetry.log import configure
+    from verifier.app import App, real_surroundings
+
+    harden_process()
+
+    async def serve() -> None:
+        app = App(args.config, configure(_PROGRAM), real_surroundings())
+        await app.run(lambda address: print(f"{_PROGRAM}: serving on {address}", flush=True))
+
+    asyncio.run(serve())
+    return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    from verifier.check import check
+
+    findings = check(args.config, os.environ)
+    for warning in findings.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    for problem in findings.problems:
+        print(f"{_PROGRAM}: {problem}", file=sys.stderr)
+    if findings.problems:
+        return 2
+    print(f"{_PROGRAM}: configuration is good: {findings.workloads} workloads in {findings.documents} documents")
+    return 0
+
+
+def _health(args: argparse.Namespace) -> int:
+    import asyncio
+
+    from common.rpc.health import probe
+    from verifier.config import load_config
+
+    health = load_config(args.config, os.environ).health
+    if health is None:
+        raise InvalidInput(Reason.INVALID_CONFIGURATION, "health.socket is not set, so nobody can be asked")
+    ready = asyncio.run(probe(health.socket))
+    print(f"{_PROGRAM}: {'ready' if ready else 'not ready'}")
+    return 0 if ready else 3
+
+
+def _keygen(args: argparse.Namespace) -> int:
+    from verifier.keys.file import write_key_file
+
+    write_key_file(args.file)
+    return 0
+
+
+def _audit(args: argparse.Namespace) -> int:
+    from common.ids import canonical_uuid
+    from verifier.config import load_config
+    from verifier.store.sqlite import read_audit
+    from verifier.store.sqlite_file import FILE_NAME
+
+    launch_id: UUID | None = None
+    if args.launch is not None:
+        launch_id = canonical_uuid(args.launch)
+        if launch_id is None:
+            raise InvalidInput(Reason.INVALID_ARGUMENT, "--launch: must be a launch's id (a UUID)")
+    for row in read_audit(load_config(args.config, os.environ).state_dir / FILE_NAME, launch_id):
+        record = {
+            "audit_id": str(row.audit_id),
+            "time": row.time.isoformat(),
+            "event": row.event,
+            "launch_id": None if row.launch_id is None else str(row.launch_id),
+            "caller": row.caller,
+            "reason": row.reason,
+            **json.loads(row.body),
+        }
+        print(json.dumps(record) if args.json else _words(record))
+    return 0
+
+
+def _words(record: dict[str, Any]) -> str:
+    lines = [" ".join(str(record[name]) for name in ("time", "event", "launch_id", "reason", "caller") if record[name])]
+    lines += [f"  {finding['rule']}: {finding['message']}" for finding in record.get("findings", ())]
+    if record.get("explanation"):
+        lines.append(f"  explanation: {record['explanation']['sentence']}")
+    lines.append(f"  audit id {record['audit_id']}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

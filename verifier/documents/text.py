@@ -1,0 +1,118 @@
+"""From a document's text to plain data: YAML's safe subset or JSON, without what makes either ambiguous.
+
+Refused beyond what the safe loaders refuse: keys that come twice (the last would win silently), keys that are not text,
+YAML aliases (a kilobyte of them unfolds to gigabytes), YAML tags (each is read by code that fails in ways of its own),
+half characters (no file name or record can hold one) and more than one document in a text. Timestamps stay text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable
+from typing import Any
+
+import yaml
+
+from common.errors import InvalidInput, Reason
+
+TEXT_MAX = 256 * 1024  # a workload with 512 listed digests takes 40 KiB
+
+
+class InvalidDocument(InvalidInput):
+    """A document cannot be used; `problems` lists everything that is wrong with it, each with its place."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__(Reason.INVALID_CONFIGURATION, "; ".join(problems))
+        self.problems = problems
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """The problems, a line each."""
+        return self.problems
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader without aliases, tags, timestamps and repeated keys."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]  # PyYAML has no types here
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "aliases are not used in documents", event.start_mark)
+        if getattr(event, "tag", None) is not None:
+            raise yaml.composer.ComposerError(None, None, "tags are not used in documents", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:  # noqa: FBT001, FBT002 -- PyYAML's signature
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:str":
+                raise yaml.constructor.ConstructorError(None, None, "a key is not text", key.start_mark)
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} comes twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+# `2026-01-01` is a version somebody wrote, not a date.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def parse_text(text: bytes, *, is_json: bool) -> object:
+    """The plain data that a document's text spells.
+
+    Raises:
+        InvalidDocument: the text is too long, is not UTF-8, not well-formed, or ambiguous.
+    """
+    if len(text) > TEXT_MAX:
+        raise InvalidDocument(f"the text is longer than {TEXT_MAX} bytes")
+    try:
+        decoded = text.decode("utf-8")
+        data = _parse_json(decoded) if is_json else _parse_yaml(decoded)
+        _require_spellable(data)
+    except UnicodeDecodeError:
+        raise InvalidDocument("the text is not UTF-8") from None
+    except RecursionError:
+        raise InvalidDocument("the text is nested too deeply") from None
+    else:
+        return data
+
+
+def _require_spellable(data: object) -> None:
+    """Refuse what could be written down nowhere again: neither as a file's name nor in a record."""
+    try:
+        json.dumps(data, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise InvalidDocument("the text escapes half a character (a lone surrogate)") from None
+    except ValueError:  # hexadecimal, so that reading it was no problem
+        raise InvalidDocument("the text holds a number of thousands of digits") from None
+
+
+def _parse_yaml(text: str) -> object:
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 -- a subclass of the safe loader
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"line {mark.line + 1}: " if mark is not None else ""
+        raise InvalidDocument(f"{place}{error.problem or error.context}") from None
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
+        raise InvalidDocument(f"the text is not YAML: {' '.join(str(error).split())}") from None
+
+
+def _parse_json(text: str) -> object:
+    def distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        members: dict[str, object] = {}
+        for key, value in pairs:
+            if key in members:
+                raise InvalidDocument(f"{key} comes twice")
+            members[key] = value
+        return members
+
+    try:
+        return json.loads(text, object_pairs_hook=distinct)
+    except json.JSONDecodeError as error:
+        raise InvalidDocument(f"line {error.lineno}: {error.msg[:1].lower()}{error.msg[1:]}") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise InvalidDocument(f"the text is not JSON: {error}") from None

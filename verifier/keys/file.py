@@ -1,0 +1,143 @@
+"""A sealing key from a file of 32 random bytes (the key-encryption key, KEK).
+
+Sealed blob: version u8 = 1 ‖ key id 8 ‖ nonce 12 ‖ AES-256-GCM ciphertext and tag. The row key is
+HKDF-SHA-256(KEK, info = "sevattest row" ‖ launch id ‖ column), so no key ever sees more than a few blobs and random
+nonces do not run out. Associated data: "sevattest" ‖ version ‖ key id ‖ launch id (16) ‖ column: who can write to the
+database can move no blob to another row, column or format.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from uuid import UUID
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from common.errors import InvalidInput, Reason, Unavailable
+
+KEK_SIZE = 32
+KEY_ID_SIZE = 8
+_VERSION = 1
+_NONCE_SIZE = 12
+_TAG_SIZE = 16
+_HEADER_SIZE = 1 + KEY_ID_SIZE + _NONCE_SIZE
+
+
+class FileKey:
+    """The `SealingKey` over 32 bytes that were read from a file."""
+
+    def __init__(self, kek: bytes, random: Callable[[int], bytes] = os.urandom) -> None:
+        """Take over the key-encryption key.
+
+        Raises:
+            InvalidInput: it has another size, or is all zero.
+        """
+        if len(kek) != KEK_SIZE:
+            raise InvalidInput(
+                Reason.INVALID_CONFIGURATION, f"key_file: must hold {KEK_SIZE} bytes, not {len(kek)}", hint=_HINT
+            )
+        if not any(kek):
+            raise InvalidInput(Reason.INVALID_CONFIGURATION, "key_file: is all zero", hint=_HINT)
+        self._kek = kek
+        self._random = random
+        self._key_id = self._derive(b"sevattest key id")[:KEY_ID_SIZE]
+
+    @property
+    def key_id(self) -> bytes:
+        """See `SealingKey`."""
+        return self._key_id
+
+    def __repr__(self) -> str:
+        return f"FileKey({self._key_id.hex()}, redacted)"
+
+    def _derive(self, info: bytes) -> bytes:
+        return HKDF(algorithm=hashes.SHA256(), length=32, salt=None, info=info).derive(self._kek)
+
+    def _row(self, launch_id: UUID, column: str) -> tuple[AESGCM, bytes]:
+        place = launch_id.bytes + column.encode("ascii")
+        return (
+            AESGCM(self._derive(b"sevattest row" + place)),
+            b"sevattest" + bytes((_VERSION,)) + self._key_id + place,
+        )
+
+    def seal(self, secret: bytes, *, launch_id: UUID, column: str) -> bytes:
+        """See `SealingKey`."""
+        cipher, associated = self._row(launch_id, column)
+        nonce = self._random(_NONCE_SIZE)
+        return bytes((_VERSION,)) + self._key_id + nonce + cipher.encrypt(nonce, secret, associated)
+
+    def unseal(self, sealed: bytes, *, launch_id: UUID, column: str) -> bytes:
+        """See `SealingKey`."""
+        if len(sealed) < _HEADER_SIZE + _TAG_SIZE or sealed[0] != _VERSION:
+            raise Unavailable(Reason.STORE_UNAVAILABLE, "a sealed key is not in a form that this version knows")
+        if sealed[1 : 1 + KEY_ID_SIZE] != self._key_id:
+            raise Unavailable(Reason.STORE_UNAVAILABLE, "a sealed key was sealed under another key file")
+        cipher, associated = self._row(launch_id, column)
+        try:
+            return cipher.decrypt(sealed[1 + KEY_ID_SIZE : _HEADER_SIZE], sealed[_HEADER_SIZE:], associated)
+        except InvalidTag:
+            raise Unavailable(Reason.STORE_UNAVAILABLE, "a sealed key does not open: the store was changed") from None
+
+
+_HINT = "sev-verifier keygen FILE makes a key file"
+
+
+def read_key_file(path: Path) -> FileKey:
+    """The key in a file that belongs to us (or to root) and that nobody else can read.
+
+    Raises:
+        InvalidInput: there is no such file, others can read it, or it does not hold 32 bytes.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise InvalidInput(Reason.INVALID_CONFIGURATION, f"key_file: {path}: {error.strerror}", hint=_HINT) from error
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise InvalidInput(Reason.INVALID_CONFIGURATION, f"key_file: {path} is not a regular file")
+        if status.st_uid not in (os.geteuid(), 0):
+            raise InvalidInput(Reason.INVALID_CONFIGURATION, f"key_file: {path} belongs to another user")
+        if stat.S_IMODE(status.st_mode) & 0o077:
+            mode = stat.S_IMODE(status.st_mode)
+            raise InvalidInput(
+                Reason.INVALID_CONFIGURATION,
+                f"key_file: {path} can be used by others (mode {mode:04o})",
+                hint=f"chmod 0400 {path}",
+            )
+        return FileKey(os.read(fd, KEK_SIZE + 1))
+    except OSError as error:
+        raise InvalidInput(Reason.INVALID_CONFIGURATION, f"key_file: {path}: {error.strerror}") from error
+    finally:
+        os.close(fd)
+
+
+def write_key_file(path: Path) -> None:
+    """Make a key file of 32 random bytes, mode 0600; an existing file is never touched.
+
+    Raises:
+        InvalidInput: there is a file already, or it cannot be made.
+    """
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except FileExistsError:
+        raise InvalidInput(Reason.INVALID_CONFIGURATION, f"{path} exists; a key file is never overwritten") from None
+    except OSError as error:
+        raise InvalidInput(Reason.INVALID_CONFIGURATION, f"{path}: {error.strerror}") from error
+    try:
+        os.fchmod(fd, 0o600)
+        os.write(fd, os.urandom(KEK_SIZE))
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -1,0 +1,91 @@
+"""Audit records: the row that goes into a decision's own transaction, and the log line beside it, from one place.
+
+Events, their bodies and the reasons are listed in docs/verifier.md. A body never holds a secret, a key or a chip's id;
+it may hold what the caller must not learn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+from uuid import UUID
+
+import msgspec
+
+from common.errors import Reason
+from common.telemetry.log import Log
+from verifier.appraisal.evidence import Finding
+from verifier.store.base import AuditRow
+
+
+class AuditEvent(StrEnum):
+    """What is recorded. The values are stored: they are for ever."""
+
+    BEGUN = "launch.begun"
+    BEGIN_REFUSED = "launch.begin_refused"
+    RELEASED = "launch.released"
+    REFUSED = "launch.refused"
+    REPEAT_REFUSED = "launch.repeat_refused"
+    ABANDONED = "launch.abandoned"
+    EXPIRED = "launch.expired"
+    REPORT_VERIFIED = "report.verified"
+    REPORT_REFUSED = "report.refused"
+
+
+_REFUSALS = frozenset(
+    {AuditEvent.BEGIN_REFUSED, AuditEvent.REFUSED, AuditEvent.REPEAT_REFUSED, AuditEvent.REPORT_REFUSED}
+)
+
+
+class Recorder:
+    """Makes audit rows and writes their log lines."""
+
+    def __init__(self, log: Log, new_id: Callable[[], UUID]) -> None:
+        """Take the log and the source of audit ids."""
+        self._log = log
+        self._new_id = new_id
+
+    def new_id(self) -> UUID:
+        """A fresh audit id."""
+        return self._new_id()
+
+    def row(
+        self,
+        event: AuditEvent,
+        *,
+        time: datetime,
+        caller: str | None,
+        launch_id: UUID | None = None,
+        reason: Reason | None = None,
+        findings: Sequence[Finding] = (),
+        audit_id: UUID | None = None,
+        **body: Any,
+    ) -> AuditRow:
+        """A row to store. Its log line follows with `log`, once it is stored."""
+        if findings:
+            body["findings"] = [
+                {"rule": each.rule, "reason": each.reason.value, "message": each.message} for each in findings
+            ]
+        return AuditRow(
+            audit_id=audit_id or self._new_id(),
+            time=time,
+            event=event.value,
+            launch_id=launch_id,
+            caller=caller,
+            reason=None if reason is None else reason.value,
+            body=msgspec.json.encode(body).decode(),
+        )
+
+    def log(self, row: AuditRow) -> None:
+        """Write the line that goes with a stored row."""
+        write = self._log.warning if AuditEvent(row.event) in _REFUSALS else self._log.info
+        write(
+            row.event,
+            audit_id=str(row.audit_id),
+            launch_id=None if row.launch_id is None else str(row.launch_id),
+            caller=row.caller,
+            reason=row.reason,
+            record=msgspec.json.decode(row.body),
+        )

@@ -1,0 +1,345 @@
+"""Release: the first well-formed measurement from the bound caller decides, once, for ever.
+
+Numbered steps, repeated in the code:
+
+1. the clock is not far behind what is stored;
+2. the launch exists and is the caller's;
+3. the request id was not used before: if it was, for the same content, the same answer is given again, after another
+   look at the deny-list and for the workload, until 24 hours after release;
+4. the launch is open and in time;
+5. its keys are unsealed, and the measurement is tried against every digest that was frozen for it, under the frozen
+   policy: nothing that the host says selects or adds anything;
+6. the rules are asked; whatever they find spends the launch: keys erased, findings and explanation recorded;
+7. the secrets are read and the packet is built, in memory; a source without an answer spends nothing;
+8. one transaction moves the launch from open to released by compare-and-set, keeps packet and receipt, erases the keys,
+   writes the audit record and the request; who loses the race starts over at step 2 and finds what the winner left.
+
+A launch is decided behind a lock of its own, but only so that one explanation is searched at a time: what keeps a
+second packet from leaving is the compare-and-set of step 8.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timedelta
+from typing import Any
+from uuid import UUID
+from weakref import WeakValueDictionary
+
+from common.errors import Reason
+from common.sev.abi import MINIMUM_API
+from common.sev.measurement import match
+from common.sev.secret import SecretPacket
+from common.sev.session import LaunchKeys
+from verifier.appraisal.appraise import appraise_launch, appraise_standing
+from verifier.appraisal.evidence import Finding, LaunchEvidence, StandingEvidence
+from verifier.appraisal.explain import NOT_SEARCHED, Account, account_for, account_for_replay
+from verifier.appraisal.reference import Reference, Terms, decode_terms
+from verifier.launches.dependencies import Dependencies, refusal, refusal_for
+from verifier.launches.launch import Released, ReleaseRequest, view
+from verifier.launches.records import AuditEvent
+from verifier.launches.state import Event, State, after, ended
+from verifier.launches.steps import (
+    GENERATED_COLUMN,
+    RELEASE,
+    TEK_COLUMN,
+    TIK_COLUMN,
+    expire,
+    reused,
+    unknown_launch,
+)
+from verifier.secrets.release import LISTED, NOT_MEASURED, build_packet, generated_secrets, write_receipt
+from verifier.store.base import LaunchRow, Move, Outcome, Packet, RequestKey, RequestRow
+
+REPEATS = timedelta(hours=24)
+# A search takes about a second of one core; whoever waits longer for its turn is recorded without one.
+EXPLAIN_WAIT_S = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Case:
+    """One measurement before the judge."""
+
+    request: ReleaseRequest
+    key: RequestKey
+    content: bytes
+    row: LaunchRow
+    terms: Terms
+    keys: LaunchKeys
+    now: datetime
+
+
+class Releaser:
+    """Judges measurements and releases secrets."""
+
+    def __init__(self, dependencies: Dependencies) -> None:
+        """Take the means."""
+        self._d = dependencies
+        self._locks: WeakValueDictionary[UUID, asyncio.Lock] = WeakValueDictionary()
+        self._explaining = asyncio.Semaphore(1)
+
+    async def release(self, request: ReleaseRequest) -> Released:
+        """Answer with the secret packet for this measurement, or refuse it for good.
+
+        Raises:
+            NotFound: there is no such launch, or it is somebody else's; nothing was spent.
+            InvalidInput: the request id was used with other content; nothing was spent.
+            Refused: the measurement, the firmware or the chip is not accepted; the launch is spent.
+            WrongState: the launch has ended already, or its time ran out; the secrets do not fit or the clock is
+                behind, and nothing was spent.
+            Unavailable: the store, the sealing key or a secret's source has no answer; nothing was spent.
+        """
+        key = RequestKey(caller=request.caller, method=RELEASE, request_id=request.request_id)
+        content = request.content()
+        lock = self._locks.setdefault(request.launch_id, asyncio.Lock())
+        async with lock:
+            while True:
+                now = self._d.time.now_for_decisions()  # step 1
+                row = await self._d.store.launch(request.launch_id)  # step 2
+                if row is None or row.caller != request.caller:
+                    raise unknown_launch()
+                earlier = await self._d.store.request(key)  # step 3
+                if earlier is not None:
+                    if earlier.content != content:
+                        raise reused()
+                    return await self._again(row, now)
+                state = State(row.state)  # step 4
+                if state is not State.OPEN:
+                    raise ended(state)
+                if now >= row.expire_time:
+                    await expire(self._d, row.launch_id, now)
+                    continue
+                released = await self._decide(await self._case(request, key, content, row, now))
+                if released is not None:
+                    return released
+
+    async def _again(self, row: LaunchRow, now: datetime) -> Released:
+        """The answer that this request got before."""
+        if row.state == State.REFUSED and row.reason is not None and row.audit_id is not None:
+            raise refusal(Reason(row.reason), row.audit_id)
+        if row.state != State.RELEASED or row.packet is None or row.end_time is None or now - row.end_time >= REPEATS:
+            raise ended(State(row.state))
+        findings = appraise_standing(
+            StandingEvidence(denied=self._d.denied.why(row.fingerprint), withdrawn=self._withdrawn(row))
+        )
+        if findings:
+            audit = self._d.records.row(
+                AuditEvent.REPEAT_REFUSED,
+                time=now,
+                caller=row.caller,
+                launch_id=row.launch_id,
+                reason=findings[0].reason,
+                findings=findings,
+            )
+            await self._d.store.record(audit)
+            self._d.time.stored(now)
+            self._d.records.log(audit)
+            raise refusal_for(findings, audit.audit_id)
+        return _released(row, row.packet)
+
+    def _withdrawn(self, row: LaunchRow) -> bool:
+        return self._d.workloads.document(row.workload) is None
+
+    async def _case(
+        self, request: ReleaseRequest, key: RequestKey, content: bytes, row: LaunchRow, now: datetime
+    ) -> _Case:
+        sealed = row.keys
+        assert sealed is not None  # noqa: S101 -- the store's schema: an open launch has keys
+        unseal, launch_id = self._d.sealing.unseal, row.launch_id
+        keys = LaunchKeys(
+            tek=unseal(sealed.tek, launch_id=launch_id, column=TEK_COLUMN),
+            tik=unseal(sealed.tik, launch_id=launch_id, column=TIK_COLUMN),
+        )
+        terms = decode_terms(await self._d.store.terms(row.terms_id))
+        return _Case(request=request, key=key, content=content, row=row, terms=terms, keys=keys, now=now)
+
+    async def _decide(self, case: _Case) -> Released | None:
+        """Release or refuse; None where another request has ended the launch meanwhile."""
+        request, terms = case.request, case.terms
+        matched = None
+        if request.firmware[:2] >= MINIMUM_API:  # below, a match would prove nothing: not even tried
+            matched = match(  # step 5
+                tik=case.keys.tik,
+                blob=request.blob,
+                firmware=request.firmware,
+                policy=terms.guest_policy,
+                digests=terms.digests,
+            )
+        findings = appraise_launch(  # step 6
+            LaunchEvidence(
+                matched=matched,
+                firmware=request.firmware,
+                floor=terms.firmware_floor,
+                generation=terms.generation,
+                denied=self._d.denied.why(case.row.fingerprint),
+                withdrawn=self._withdrawn(case.row),
+            )
+        )
+        self._d.on_step("release:judged")
+        if findings or matched is None:
+            await self._refuse(case, findings)
+            return None
+        specs = terms.secret_specs
+        entries = await self._d.secrets.read(specs)  # step 7
+        packet = build_packet(
+            keys=case.keys,
+            entries=entries,
+            blob=request.blob,
+            area_size=terms.secret_area,
+            random=self._d.random,
+        )
+        self._d.on_step("release:packet-built")
+        # A source may take its time: what counts is when the secret leaves.
+        case = replace(case, now=self._d.time.now_for_decisions())
+        return await self._hand_out(case, terms.references[matched], packet, generated_secrets(specs, entries))
+
+    async def _hand_out(
+        self, case: _Case, reference: Reference, sealed: SecretPacket, generated: bytes | None
+    ) -> Released | None:
+        row, audit_id = case.row, self._d.records.new_id()
+        launch_id = row.launch_id
+        receipt = self._receipt(case, reference, audit_id)
+        packet = Packet(header=sealed.header, payload=sealed.payload, receipt=receipt)
+        audit = self._d.records.row(
+            AuditEvent.RELEASED,
+            time=case.now,
+            caller=row.caller,
+            launch_id=launch_id,
+            audit_id=audit_id,
+            workload=_workload(case.terms),
+            platform=_platform(row),
+            policy=str(case.terms.guest_policy),
+            firmware=str(case.request.firmware),
+            shape=_shape(case.terms, reference),
+            launch_digest=reference.digest.hex(),
+            guids=[str(secret.guid) for secret in case.terms.secrets],
+            notes=self._notes(case.terms),
+        )
+        move = Move(  # step 8
+            launch_id=launch_id,
+            expected=row.state,
+            to=after(State(row.state), Event.RELEASE).value,
+            time=case.now,
+            in_time=True,
+            measurement=case.request.blob.to_bytes(),
+            digest=reference.digest,
+            packet=packet,
+            generated=None
+            if generated is None
+            else self._d.sealing.seal(generated, launch_id=launch_id, column=GENERATED_COLUMN),
+            request=RequestRow(key=case.key, content=case.content, launch_id=launch_id),
+            audit=audit,
+        )
+        if not await self._commit(move):
+            return None
+        self._d.on_step("release:stored")
+        return _released(replace(row, state=move.to, end_time=case.now, keys=None, audit_id=audit_id), packet)
+
+    async def _refuse(self, case: _Case, findings: Sequence[Finding]) -> None:
+        row, reason = case.row, findings[0].reason
+        account = await self._account(case, findings)
+        audit = self._d.records.row(
+            AuditEvent.REFUSED,
+            time=case.now,
+            caller=row.caller,
+            launch_id=row.launch_id,
+            reason=reason,
+            findings=findings,
+            workload=_workload(case.terms),
+            platform=_platform(row),
+            policy=str(case.terms.guest_policy),
+            claimed_firmware=str(case.request.firmware),
+            explanation=None if account is None else asdict(account),
+        )
+        move = Move(
+            launch_id=row.launch_id,
+            expected=row.state,
+            to=after(State(row.state), Event.REFUSE).value,
+            time=case.now,
+            in_time=True,
+            reason=reason.value,
+            measurement=case.request.blob.to_bytes(),
+            request=RequestRow(key=case.key, content=case.content, launch_id=row.launch_id),
+            audit=audit,
+        )
+        if await self._commit(move):
+            raise refusal_for(findings, audit.audit_id)
+
+    async def _account(self, case: _Case, findings: Sequence[Finding]) -> Account | None:
+        """Why the measurement does not match, where that is what is wrong with it."""
+        if all(finding.rule != "launch.measurement" for finding in findings):
+            return None
+        before = await self._d.store.measured_before(case.request.blob.to_bytes(), case.row.launch_id)
+        if before is not None:
+            return account_for_replay(before)
+        try:
+            async with asyncio.timeout(EXPLAIN_WAIT_S):
+                await self._explaining.acquire()
+        except TimeoutError:
+            return NOT_SEARCHED
+        try:
+            return await asyncio.to_thread(
+                account_for,
+                blob=case.request.blob,
+                keys=case.keys,
+                firmware=case.request.firmware,
+                terms=case.terms,
+                expected=self._d.workloads.expected(case.terms),
+                catalogue=self._d.workloads.catalogue(),
+            )
+        finally:
+            self._explaining.release()
+
+    async def _commit(self, move: Move) -> bool:
+        done = await self._d.store.move(move) is Outcome.DONE
+        if done:
+            self._d.time.stored(move.time)
+            self._d.records.log(move.audit)
+        return done
+
+    def _notes(self, terms: Terms) -> tuple[str, ...]:
+        single = ("one CA stands for both sites: the datacenter could make an owner's identity",)
+        return (*terms.notes, *(single if self._d.single_ca else ()))
+
+    def _receipt(self, case: _Case, reference: Reference, audit_id: UUID) -> str:
+        terms = case.terms
+        return write_receipt(
+            launch_id=case.row.launch_id,
+            audit_id=audit_id,
+            time=case.now,
+            caller=case.row.caller,
+            workload=_workload(terms),
+            policy=terms.guest_policy,
+            shape=_shape(terms, reference),
+            digest=reference.digest,
+            firmware=case.request.firmware,
+            platform=_platform(case.row),
+            guids=[secret.guid for secret in terms.secrets],
+            notes=self._notes(terms),
+        )
+
+
+def _released(row: LaunchRow, packet: Packet) -> Released:
+    return Released(launch=view(row), header=packet.header, payload=packet.payload, receipt=packet.receipt)
+
+
+def _shape(terms: Terms, reference: Reference) -> dict[str, Any]:
+    if reference.label is not None:
+        return {"label": reference.label, "note": LISTED}
+    if terms.plain_sev:
+        return {"note": NOT_MEASURED}
+    return {"vcpus": reference.vcpus, "cpu": reference.cpu, "flavour": reference.flavour}
+
+
+def _workload(terms: Terms) -> dict[str, str]:
+    return {"name": terms.workload, "version": terms.version, "document_sha256": terms.document}
+
+
+def _platform(row: LaunchRow) -> dict[str, Any]:
+    return {
+        "generation": row.generation,
+        "emulated": row.generation == "emulated",
+        "fingerprint": row.fingerprint,
+    }

@@ -1,0 +1,82 @@
+"""Attestation reports of guests that have their secrets: genuine by the platform's PEK, acceptable by the launch.
+
+1. the launch is the caller's and has released its secrets;
+2. the report is genuine: the PEK of the chain that was verified at begin signed it;
+3. the report is acceptable: nonce, launch digest and policy are those that are due.
+"""
+
+from __future__ import annotations
+
+from uuid import UUID
+
+from common.errors import Reason, Refused, WrongState
+from common.sev.certs.chain import PlatformChain
+from common.sev.report import AttestationReport
+from verifier.appraisal.appraise import appraise_report
+from verifier.appraisal.evidence import Finding, ReportEvidence
+from verifier.appraisal.reference import decode_terms
+from verifier.launches.dependencies import Dependencies, refusal_for
+from verifier.launches.records import AuditEvent
+from verifier.launches.state import State, ended
+from verifier.launches.steps import owned_launch
+
+
+class ReportVerifier:
+    """Judges attestation reports against launches that were released."""
+
+    def __init__(self, dependencies: Dependencies) -> None:
+        """Take the means."""
+        self._d = dependencies
+
+    async def verify(self, *, caller: str, launch_id: UUID, nonce: bytes, report: bytes) -> AttestationReport:
+        """The report, if it is genuine and shows the launch's own guest.
+
+        Args:
+            caller: SPIFFE id.
+            launch_id: the launch.
+            nonce: that the report was asked for with, 16 bytes.
+            report: 208 bytes.
+
+        Raises:
+            NotFound: there is no such launch, or it is somebody else's.
+            WrongState: the launch has not released its secrets.
+            ParseError: the bytes are no report.
+            Refused: BAD_SIGNATURE or REPORT_REFUSED.
+            Unavailable: the store has no answer.
+        """
+        now = self._d.time.now()
+        row = await owned_launch(self._d, launch_id, caller, now)  # step 1
+        if row.state == State.OPEN:
+            raise WrongState(Reason.WRONG_STATE, "the launch has not released its secrets yet")
+        if row.state != State.RELEASED or row.digest is None:
+            raise ended(State(row.state))
+        parsed = AttestationReport.parse(report)
+        findings: list[Finding] = []
+        try:
+            parsed.verify(PlatformChain.parse(await self._d.store.chain(row.platform_id)).pek)  # step 2
+        except Refused as error:
+            findings.append(Finding(rule="report.genuine", reason=error.reason, message=error.message))
+        else:
+            evidence = ReportEvidence(  # step 3
+                nonce=parsed.nonce,
+                asked_nonce=nonce,
+                digest=parsed.digest,
+                launch_digest=row.digest,
+                policy=parsed.policy,
+                launch_policy=decode_terms(await self._d.store.terms(row.terms_id)).guest_policy,
+            )
+            findings.extend(appraise_report(evidence))
+        audit = self._d.records.row(
+            AuditEvent.REPORT_REFUSED if findings else AuditEvent.REPORT_VERIFIED,
+            time=now,
+            caller=caller,
+            launch_id=launch_id,
+            reason=findings[0].reason if findings else None,
+            findings=findings,
+        )
+        await self._d.store.record(audit)
+        self._d.time.stored(now)
+        self._d.records.log(audit)
+        if findings:
+            raise refusal_for(findings, audit.audit_id)
+        return parsed

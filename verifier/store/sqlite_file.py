@@ -1,0 +1,189 @@
+"""The embedded store's file: who may open it, how it is set up, and how its schema moves forward.
+
+Settings, with what each is for (https://sqlite.org/pragma.html):
+    journal_mode=WAL     readers (the `audit` command) do not stop the writer
+    synchronous=FULL     a commit that was answered survives a power cut: one fsync each
+    secure_delete=ON     erased keys are overwritten, not just forgotten
+    foreign_keys=ON      a launch without its terms or platform cannot be written
+    trusted_schema=OFF   a doctored schema runs no functions
+The file is 0600 in a 0700 folder; SQLite gives its -wal and -shm files the same mode. An advisory lock on a file of its
+own keeps a second process out: replicas need a store made for them, and WAL does not work over network file systems.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sqlite3
+import stat
+from contextlib import suppress
+from pathlib import Path
+from time import time
+
+from common.errors import InvalidInput, Reason, Unavailable
+from verifier.store.migrations import migrations
+
+FILE_NAME = "sevattest.sqlite3"
+LOCK_NAME = "sevattest.lock"
+BUSY_TIMEOUT_S = 2.0
+
+_PRAGMAS = (
+    "PRAGMA journal_mode=WAL",
+    "PRAGMA synchronous=FULL",
+    "PRAGMA secure_delete=ON",
+    "PRAGMA foreign_keys=ON",
+    "PRAGMA trusted_schema=OFF",
+)
+
+
+def store_unavailable(error: Exception, doing: str) -> Unavailable:
+    """The error for a store that does not answer. Callers read it too: it names no data, and no path of its own."""
+    words = error.strerror if isinstance(error, OSError) else str(error)
+    return Unavailable(Reason.STORE_UNAVAILABLE, f"the store cannot {doing}: {words}")
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make the state folder, readable by its owner alone.
+
+    Raises:
+        InvalidInput: somebody else owns it, others can use it and it holds something else, or it is no folder.
+        Unavailable: it cannot be made.
+    """
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+        if status.st_uid != os.geteuid():
+            raise InvalidInput(Reason.INVALID_CONFIGURATION, f"state_dir: {folder} belongs to another user")
+        if stat.S_IMODE(status.st_mode) != 0o700:
+            # Never a folder that serves somebody else: a mistyped `/` would lock everybody out of the machine.
+            names = {path.name for path in folder.iterdir()}
+            if names and not names & {FILE_NAME, LOCK_NAME}:
+                raise InvalidInput(
+                    Reason.INVALID_CONFIGURATION,
+                    f"state_dir: {folder} can be used by others and holds something else",
+                    hint="name a folder of its own, or give this one mode 0700",
+                )
+            folder.chmod(0o700)
+    except FileExistsError:
+        raise InvalidInput(Reason.INVALID_CONFIGURATION, f"state_dir: {folder} is not a folder") from None
+    except OSError as error:
+        raise store_unavailable(error, f"use {folder}") from error
+
+
+class FolderLock:
+    """Keeps a second process from the same state folder, until released or until the process ends."""
+
+    def __init__(self, folder: Path) -> None:
+        """Take the lock.
+
+        Raises:
+            Unavailable: another process holds it, or the folder cannot be written.
+        """
+        path = folder / LOCK_NAME
+        try:
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise store_unavailable(error, f"lock {path}") from error
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._fd)
+            raise Unavailable(
+                Reason.STORE_UNAVAILABLE,
+                f"another process serves from {folder}",
+                hint="one process per state_dir: replicas need a store of their own kind",
+            ) from error
+
+    def release(self) -> None:
+        """Let another process in."""
+        with suppress(OSError):
+            os.close(self._fd)
+
+
+def create(path: Path) -> None:
+    """Make an empty database file with mode 0600, unless there is one.
+
+    Raises:
+        Unavailable: it cannot be made.
+    """
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+        if stat.S_IMODE(path.stat().st_mode) != 0o600:
+            path.chmod(0o600)
+    except OSError as error:
+        raise store_unavailable(error, f"create {path}") from error
+
+
+def connect(path: Path) -> sqlite3.Connection:
+    """Open a database file that exists, and set it up.
+
+    Raises:
+        sqlite3.Error: it cannot be opened or written.
+    """
+    connection = sqlite3.connect(
+        f"{path.resolve().as_uri()}?mode=rw", uri=True, isolation_level=None, timeout=BUSY_TIMEOUT_S
+    )
+    try:
+        for pragma in _PRAGMAS:
+            connection.execute(pragma)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def connect_reader(path: Path) -> sqlite3.Connection:
+    """Open a database for reading, also while a process serves from it.
+
+    Raises:
+        Unavailable: there is none, or its schema is not this version's.
+    """
+    try:
+        connection = sqlite3.connect(
+            f"{path.resolve().as_uri()}?mode=ro", uri=True, isolation_level=None, timeout=BUSY_TIMEOUT_S
+        )
+    except sqlite3.Error as error:
+        raise store_unavailable(error, f"open {path}") from error
+    try:
+        connection.execute("PRAGMA query_only=ON")
+        found = connection.execute("PRAGMA user_version").fetchone()[0]
+    except sqlite3.Error as error:
+        connection.close()
+        raise store_unavailable(error, f"read {path}") from error
+    known = migrations()[-1][0]
+    if found != known:
+        connection.close()
+        raise Unavailable(Reason.STORE_UNAVAILABLE, f"{path} has schema {found}, this version reads {known}")
+    return connection
+
+
+def migrate(connection: sqlite3.Connection) -> None:
+    """Bring the schema forward to this version's.
+
+    Raises:
+        Unavailable: the database was written by a newer version.
+        sqlite3.Error: it cannot be written.
+    """
+    known = migrations()
+    found = connection.execute("PRAGMA user_version").fetchone()[0]
+    if found > known[-1][0]:
+        raise Unavailable(
+            Reason.STORE_UNAVAILABLE, f"the store has schema {found}, this version knows up to {known[-1][0]}"
+        )
+    connection.execute(
+        "CREATE TABLE IF NOT EXISTS migration (number INTEGER PRIMARY KEY, name TEXT NOT NULL, time INTEGER NOT NULL)"
+    )
+    for number, name, sql in known:
+        if number <= found:
+            continue
+        try:
+            # One script is one transaction: a process killed here finds the schema before or after this step.
+            connection.executescript(
+                f"BEGIN IMMEDIATE;\n{sql}\n"
+                f"INSERT INTO migration VALUES ({number}, '{name}', {int(time() * 1_000_000)});\n"
+                f"PRAGMA user_version={number};\nCOMMIT;"
+            )
+        except sqlite3.Error:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
