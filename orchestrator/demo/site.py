@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import secrets
 import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,6 +134,10 @@ class Site:
         for version in VERSIONS:
             document = self.owner / "documents" / f"{WORKLOAD}-{version}.yaml"
             document.write_text(self._workload(self.artefacts(self.owner, version)))
+        self.write_verifier()
+
+    def write_verifier(self) -> None:
+        """Write the verifier's configuration."""
         pki = "../pki"
         self.verifier_config.write_text(
             f"""\
@@ -173,7 +178,7 @@ spec:
     firmware: ../artefacts/{artefacts.firmware.name}
     kernel: ../artefacts/{artefacts.kernel.name}
     initrd: ../artefacts/{artefacts.initrd.name}
-    cmdline: {_quoted(artefacts.cmdline)}
+    cmdline: {quoted(artefacts.cmdline)}
     vcpus: [{VCPUS}]
     cpus: [{CPU}]
     flavours: [legacy]
@@ -196,7 +201,16 @@ spec:
             guests: by name, what the host starts each from.
             platform: state folder of the software platform that the host shows.
         """
-        tables = "\n".join(self._guest(name, play, platform) for name, play in guests.items())
+        self.write_agent([self._guest(name, play, platform) for name, play in guests.items()], platform)
+
+    def write_agent(self, guests: Iterable[str], platform: Path) -> None:
+        """Write the agent's configuration around the tables of its guests.
+
+        Args:
+            guests: each one's table, as `guest_table` makes it.
+            platform: state folder of the software platform that the host shows.
+        """
+        tables = "\n".join(guests)
         pki = "../pki"
         self.agent_config.write_text(
             f"""\
@@ -214,7 +228,7 @@ socket = "health.sock"
 
 [device]
 driver = "socket"
-path = {_quoted(str(platform / "sev.sock"))}
+path = {quoted(str(platform / "sev.sock"))}
 
 [qemu]
 cbitpos = {_CBITPOS}
@@ -230,8 +244,6 @@ start_timeout = 30
         machine = [*script("sevattest"), "platform", "qemu", "--builtin", "--state", str(platform)]
         if play.lowered:
             machine = [sys.executable, "-I", dishonest_machine.__file__, *machine]
-        # The agent leaves a running guest alone when it stops: whoever plays the host must find the machine again.
-        program = ["/bin/sh", "-c", 'echo $$ >"$0" && exec "$@"', str(self.pid_file(name)), *machine]
         args = [
             *("-name", name, "-machine", "q35", "-cpu", CPU, "-smp", str(VCPUS), "-m", "512M"),
             *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
@@ -239,14 +251,27 @@ start_timeout = 30
             *("-append", self.artefacts(self.host, play.cmdline).cmdline),
             *("-serial", f"file:{self.serial(name)}"),
         ]
+        return self.guest_table(name, machine, firmware.firmware, args)
+
+    def guest_table(self, name: str, machine: Sequence[str], firmware: Path, args: Sequence[str]) -> str:
+        """One guest in the agent's configuration.
+
+        Args:
+            name: the guest's name.
+            machine: the machine's program and its own leading arguments.
+            firmware: the image that the agent gives it.
+            args: QEMU's arguments.
+        """
+        # The agent leaves a running guest alone when it stops: whoever plays the host must find the machine again.
+        program = ["/bin/sh", "-c", 'echo $$ >"$0" && exec "$@"', str(self.pid_file(name)), *machine]
         return f"""\
 [guests.{name}]
-program = {_quoted(program)}
-firmware = {_quoted(str(firmware.firmware))}
-args = {_quoted(args)}
+program = {quoted(program)}
+firmware = {quoted(str(firmware))}
+args = {quoted(list(args))}
 """
 
 
-def _quoted(value: str | list[str]) -> str:
+def quoted(value: str | list[str]) -> str:
     """A string or list of strings as TOML and YAML both spell it."""
     return json.dumps(value, ensure_ascii=False)

@@ -71,22 +71,38 @@ class Stack:
             impostor: also start a platform whose root the owner does not name.
         """
         site = self.site
-        states = [site.platform, site.impostor] if impostor else [site.platform]
         progress("making the software platform's keys")
-        for state in states:
-            self._start_platform(state)
-        self._start_tools()
+        self.start_platforms(*([site.platform, site.impostor] if impostor else [site.platform]))
+        self._start_firmware_tools()
         progress("making identities for two sites")
         make_identities(site.pki)
         for version in VERSIONS:
             site.artefacts(site.owner, version).write_kernel_and_initrd()
         site.write_owner()
-        for tool in self._tools:
-            if tool.wait():
-                raise PlatformFailed(Reason.INTERNAL, f"a tool ended with {tool.returncode}; see {site.logs}")
-        self._tools.clear()
+        self.wait_prepared()
         for version in VERSIONS:
             site.artefacts(site.owner, version).copy_to(site.host / "artefacts")
+
+    def start_platforms(self, *states: Path) -> None:
+        """Start software platforms and let the owner's key file be made; `wait_prepared` waits for them.
+
+        Args:
+            states: state folders.
+        """
+        for state in states:
+            self._start_platform(state)
+        self._tool([*script("sev-verifier"), "keygen", str(self.site.owner / "kek.bin")])
+
+    def wait_prepared(self) -> None:
+        """Wait until every tool has made its file and the platforms serve.
+
+        Raises:
+            PlatformFailed: one of them failed.
+        """
+        for tool in self._tools:
+            if tool.wait():
+                raise PlatformFailed(Reason.INTERNAL, f"a tool ended with {tool.returncode}; see {self.site.logs}")
+        self._tools.clear()
         for platform in self.platforms.values():
             platform.wait_ready(60)
 
@@ -95,10 +111,9 @@ class Stack:
         self.platforms[state] = self._service(state.name, command)
         self.platforms[state].start()
 
-    def _start_tools(self) -> None:
-        """Start what makes files and ends: the owner's key file, the firmware images."""
+    def _start_firmware_tools(self) -> None:
+        """Start what makes the firmware images where the distribution has none."""
         site = self.site
-        self._tool([*script("sev-verifier"), "keygen", str(site.owner / "kek.bin")])
         for version in VERSIONS:
             path = site.artefacts(site.owner, version).firmware
             ovmf = installed_ovmf() if version == CURRENT else None
