@@ -7,24 +7,22 @@ the guest's launch is not.
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from emulator.cpu_models import DEFAULT_MODEL
 from emulator.errors import MachineDied
+from emulator.sev_object import SevGuest, object_properties, pairs, sev_guest
 
 _MAX_CPUS = 288  # pc-q35
 _TOPOLOGY = ("sockets", "dies", "clusters", "cores", "threads")
 _NUMBER_DIGITS = 19  # of the largest number that QEMU reads
 _MACHINES = re.compile(r"(q35|pc|pc-(q35|i440fx)-[0-9]+\.[0-9]+)$")
-_PART = re.compile(r"(?:[^,]|,,)+")
 _SIZE = re.compile(r"([0-9]+)([bkKmMgGtT]?)$")
 _UNITS = {"b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
-_SWITCH = {"on": True, "yes": True, "true": True, "y": True, "off": False, "no": False, "false": False, "n": False}
 
 # Accepted without effect: option -> how many values it takes.
 _IGNORED = {
@@ -61,20 +59,6 @@ _OBJECTS_IGNORED = frozenset(
         "secret",
     }
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class SevGuest:
-    """`-object sev-guest`. Files hold base64 text, as QEMU wants it."""
-
-    identifier: str
-    cbitpos: int
-    reduced_phys_bits: int
-    policy: int
-    handle: int
-    godh_file: Path | None
-    session_file: Path | None
-    kernel_hashes: bool
 
 
 @dataclass(kw_only=True)
@@ -181,7 +165,7 @@ class _CommandLine:
 
     def _smp(self, value: str) -> None:
         given: dict[str, int] = {}
-        for key, text in _pairs(value, "cpus"):
+        for key, text in pairs(value, "cpus"):
             if not text.isdecimal() or len(text) > _NUMBER_DIGITS:
                 raise MachineDied(f"-smp {value}: Parameter '{key}' expects a number")
             given[key] = int(text)
@@ -194,7 +178,7 @@ class _CommandLine:
         self._options.vcpus = count
 
     def _memory(self, value: str) -> None:
-        size = _SIZE.match(dict(_pairs(value, "size")).get("size", ""))
+        size = _SIZE.match(dict(pairs(value, "size")).get("size", ""))
         if size is None or len(size[1]) > _NUMBER_DIGITS:
             raise MachineDied(f"-m {value}: Parameter 'size' expects a size")
         unit = size[2].lower() or "m"
@@ -203,7 +187,7 @@ class _CommandLine:
             raise MachineDied(f"-m {value}: invalid RAM size: 0")
 
     def _machine(self, value: str) -> None:
-        for key, text in _pairs(value, "type"):
+        for key, text in pairs(value, "type"):
             if key == "type" and not _MACHINES.match(text):
                 raise MachineDied(
                     f"-machine {value}: unsupported machine type", "Use -machine help to list supported machines"
@@ -212,7 +196,7 @@ class _CommandLine:
                 self._cgs = text
 
     def _drive(self, value: str) -> None:
-        given = dict(_pairs(value, "file"))
+        given = dict(pairs(value, "file"))
         if given.get("if") != "pflash":
             return  # a disk: nothing of it is measured, and the guest does not look at it
         unit = given.get("unit", "0" if self._options.firmware is None else "1")
@@ -229,7 +213,7 @@ class _CommandLine:
         scheme, _, rest = value.partition(":")
         if scheme != "unix" or not rest:
             raise MachineDied(f"-qmp {value}: '{value}' is not a valid char driver")
-        given = dict(_pairs(rest, "path"))
+        given = dict(pairs(rest, "path"))
         if "path" not in given:
             raise MachineDied(f"-qmp {value}: None or one of 'path', 'fd' or 'host' option required.")
         if given.get("server", "off") == "off":
@@ -244,81 +228,14 @@ class _CommandLine:
         self._options.serial = value
 
     def _object(self, value: str) -> None:
-        kind, given = _object_properties(value)
+        kind, given = object_properties(value)
         identifier = given.pop("id", None)
         if kind == "sev-guest":
             if identifier is None:
                 raise MachineDied(f"-object {value}: Parameter 'id' is missing")
-            self._objects[identifier] = _sev_guest(value, identifier, given)
+            self._objects[identifier] = sev_guest(value, identifier, given)
         elif kind in _OBJECTS_IGNORED:
             if identifier is not None:
                 self._objects[identifier] = None
         else:
             raise MachineDied(f"-object {value}: Parameter 'qom-type' does not accept value '{kind}'")
-
-
-def _object_properties(value: str) -> tuple[str, dict[str, str]]:
-    """An object's type and properties, from QEMU's key=value text or from JSON."""
-    if value.startswith("{"):
-        try:
-            raw = json.loads(value)
-        except ValueError:
-            raise MachineDied(f"-object {value}: JSON parse error, expecting value") from None
-        given = {key: _text(member) for key, member in raw.items()}
-    else:
-        given = dict(_pairs(value, "qom-type"))
-    if "qom-type" not in given:
-        raise MachineDied(f"-object {value}: Parameter 'qom-type' is missing")
-    return given.pop("qom-type"), given
-
-
-def _sev_guest(value: str, identifier: str, given: dict[str, str]) -> SevGuest:
-    known = {"cbitpos", "reduced-phys-bits", "policy", "handle", "dh-cert-file", "session-file", "sev-device"}
-    for key in given:
-        if key not in known | {"kernel-hashes"}:
-            raise MachineDied(f"-object {value}: Invalid parameter '{key}'")
-    if "reduced-phys-bits" not in given:
-        raise MachineDied(f"-object {value}: Parameter 'reduced-phys-bits' is missing")
-
-    def number(key: str, default: int) -> int:
-        try:
-            parsed = int(given.get(key, str(default)), 0)
-        except ValueError:
-            parsed = -1
-        if not 0 <= parsed <= 0xFFFFFFFF:
-            raise MachineDied(f"-object {value}: Parameter '{key}' expects uint32")
-        return parsed
-
-    hashes = given.get("kernel-hashes", "off")
-    if hashes not in _SWITCH:
-        raise MachineDied(f"-object {value}: Parameter 'kernel-hashes' expects 'on' or 'off'")
-    return SevGuest(
-        identifier=identifier,
-        cbitpos=number("cbitpos", 0),
-        reduced_phys_bits=number("reduced-phys-bits", 0),
-        policy=number("policy", 1),
-        handle=number("handle", 0),
-        godh_file=Path(given["dh-cert-file"]) if "dh-cert-file" in given else None,
-        session_file=Path(given["session-file"]) if "session-file" in given else None,
-        kernel_hashes=_SWITCH[hashes],
-    )
-
-
-def _pairs(value: str, first: str) -> Iterator[tuple[str, str]]:
-    """QEMU's `key=value,…`: a doubled comma is a comma; a bare first word is for `first`, a bare later one is on."""
-    for number, part in enumerate(_PART.findall(value)):
-        text = part.replace(",,", ",")
-        key, equals, rest = text.partition("=")
-        if equals:
-            yield key, rest
-        elif number == 0:
-            yield first, text
-        else:
-            # "nowait" is the old spelling of wait=off.
-            yield (key[2:], "off") if key.startswith("no") else (key, "on")
-
-
-def _text(member: object) -> str:
-    if isinstance(member, bool):
-        return "on" if member else "off"
-    return str(member)

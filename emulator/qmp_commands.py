@@ -16,12 +16,12 @@ from emulator.cpu_models import find_model
 from emulator.errors import CommandError
 from emulator.machine import Machine, RunState
 from emulator.qemu_words import complain
+from emulator.sev_launch import query_sev
 
 _GENERIC = "GenericError"
 _NOT_FOUND = "CommandNotFound"
 # QEMU version -> what `query-version` and the greeting say.
-VERSIONS = {"7.2": (7, 2, 22), "10.0": (10, 0, 2)}
-_SEV_TYPE_SINCE = (9, 1)
+VERSIONS: Mapping[str, tuple[int, int, int]] = {"7.2": (7, 2, 22), "10.0": (10, 0, 2)}
 _PACKAGE = "sevattest stand-in"
 
 
@@ -146,24 +146,13 @@ class Commands:
         return answer | {"running": state is RunState.RUNNING}
 
     def _query_sev(self, _: dict[str, Any]) -> object:
-        machine = self._machine
-        sev = machine.sev
-        answer: dict[str, object] = {
-            "enabled": sev is not None,
-            "api-minor": machine.api[1],
-            "handle": machine.handle,
-            "state": machine.sev_state.value,
-            "api-major": machine.api[0],
-        }
-        if self._version[:2] >= _SEV_TYPE_SINCE:
-            answer["sev-type"] = "sev"
-        return answer | {"build-id": machine.build, "policy": sev.policy if sev else 0}
+        return query_sev(self._machine.sev, self._version[:2])
 
     def _query_sev_capabilities(self, _: dict[str, Any]) -> object:
-        return read_capabilities(self._machine.platform, cbitpos=self._machine.cbitpos)
+        return read_capabilities(self._machine.platform, cbitpos=self._machine.processor.cbitpos)
 
     def _query_sev_launch_measure(self, _: dict[str, Any]) -> object:
-        blob = self._machine.measurement()
+        blob = self._machine.sev.measurement if self._machine.sev else None
         if blob is None:
             raise QmpError("SEV launch measurement is not available")
         return {"data": blob}
@@ -186,7 +175,7 @@ class Commands:
         for member in wanted:
             if member not in {"name", "props"}:
                 raise QmpError(f"Parameter 'model.{member}' is unexpected")
-        model = find_model(wanted["name"], generation=self._machine.generation)
+        model = find_model(wanted["name"], generation=self._machine.processor.generation)
         if model is None:
             raise QmpError(f"CPU model '{wanted['name']}' not found")
         props: dict[str, object] = {

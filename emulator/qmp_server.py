@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -16,14 +15,14 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from emulator.device_client import CommandFailed, Device
+from emulator.device_client import CommandFailed
 from emulator.errors import MachineDied
 from emulator.machine import Machine
-from emulator.protocol import GuestRequest
 from emulator.qemu_options import MachineOptions, parse
-from emulator.qemu_words import complain, reason
-from emulator.qmp_commands import Commands, Session
+from emulator.qemu_words import complain
+from emulator.qmp_commands import VERSIONS, Commands, Session
 from emulator.qmp_json import JsonStream, Value, dump
+from emulator.sev_launch import Processor, no_platform
 
 _READ_SIZE = 1 << 16
 _SOCKET_PATH_MAX = 107
@@ -127,7 +126,7 @@ def run_machine(words: Sequence[str], *, state: Path, qemu_version: str, flavour
     """
     try:
         options = parse(words)
-        machine = _machine(options, state=state, flavour=flavour)
+        machine = _machine(options, state=state, qemu_version=qemu_version, flavour=flavour)
         try:
             machine.launch()
             with _listener(options) as listener:
@@ -156,23 +155,14 @@ async def _run(machine: Machine, version: str, listener: socket.socket | None) -
     await monitor.run(listener)
 
 
-def _machine(options: MachineOptions, *, state: Path, flavour: str) -> Machine:
+def _machine(options: MachineOptions, *, state: Path, qemu_version: str, flavour: str) -> Machine:
     platform = state / "sev.sock"
-    generation, cbitpos = _processor(platform)
-    return Machine(options, platform=platform, generation=generation, cbitpos=cbitpos, flavour=flavour)
-
-
-def _processor(platform: Path) -> tuple[str, int]:
-    """What CPUID says on this platform: generation and position of the encryption bit."""
+    version = VERSIONS[qemu_version][:2]
     try:
-        with Device(platform, writable=False) as device:
-            told = json.loads(device.issue(GuestRequest.DESCRIBE))
+        processor = Processor.of(platform)
     except (CommandFailed, OSError) as error:
-        raise MachineDied(
-            f"-accel kvm: sev_kvm_init: Failed to open {platform} '{reason(error)}'",
-            "-accel kvm: failed to initialize kvm: Operation not permitted",
-        ) from error
-    return str(told["generation"]), int(told["cbitpos"])
+        raise no_platform(platform, error, version) from error
+    return Machine(options, platform=platform, processor=processor, flavour=flavour, version=version)
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from emulator.machine import Machine
 from emulator.qemu_options import MachineOptions, parse
 from emulator.qmp_commands import Commands, Session
 from emulator.qmp_json import JsonStream, Value, dump
+from emulator.sev_launch import Processor
 
 FOLDER = Path(__file__).resolve().parents[2] / "vectors" / "qmp"
 VERSIONS = ("7.2", "10.0")
@@ -58,9 +59,10 @@ def steps(version: str) -> Iterator[Step]:
 class Monitor:
     """The stand-in's monitor without a socket."""
 
-    def __init__(self, version: str) -> None:
-        options = MachineOptions(vcpus=2, memory=256 << 20, cpu="EPYC-Rome", paused=True)
-        self.machine = Machine(options, platform=Path("/nowhere"), generation="rome", cbitpos=47, flavour="legacy")
+    def __init__(self, version: str, options: MachineOptions | None = None) -> None:
+        options = options or MachineOptions(vcpus=2, memory=256 << 20, cpu="EPYC-Rome", paused=True)
+        processor = Processor(generation="rome", cbitpos=47)
+        self.machine = Machine(options, platform=Path("/nowhere"), processor=processor, flavour="legacy")
         self.ended = False
         self.commands = Commands(self.machine, version, self._end)
         self.session = Session()
@@ -218,9 +220,8 @@ def test_out_of_band_is_a_member_once_it_was_enabled() -> None:
 
 @pytest.mark.parametrize("words", [["-no-reboot"], ["-machine", "q35,confidential-guest-support=sev0", *ES_GUEST]])
 def test_a_guest_that_cannot_be_reset_ends(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    monitor = Monitor("7.2")
+    monitor = Monitor("7.2", parse(words))
     monitor.say(b'{"execute":"qmp_capabilities"}')
-    monitor.machine.options = parse(words)
     event, reply = monitor.say(b'{"execute":"system_reset"}')
     assert json.loads(event) == {
         "timestamp": {},
