@@ -203,12 +203,13 @@ spec:
         """
         self.write_agent([self._guest(name, play, platform) for name, play in guests.items()], platform)
 
-    def write_agent(self, guests: Iterable[str], platform: Path) -> None:
+    def write_agent(self, guests: Iterable[str], platform: Path, *, start_timeout: int = 30) -> None:
         """Write the agent's configuration around the tables of its guests.
 
         Args:
             guests: each one's table, as `guest_table` makes it.
             platform: state folder of the software platform that the host shows.
+            start_timeout: seconds from a machine's start to its monitor's greeting.
         """
         tables = "\n".join(guests)
         pki = "../pki"
@@ -233,7 +234,7 @@ path = {quoted(str(platform / "sev.sock"))}
 [qemu]
 cbitpos = {_CBITPOS}
 reduced_phys_bits = 1
-start_timeout = 30
+start_timeout = {start_timeout}
 
 {tables}"""
         )

@@ -1,0 +1,108 @@
+"""The end-to-end run: a stack for each worker, a row for each scenario, and what must hold after every one of them."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e import leftovers
+from tests.e2e.bench import Bench, running_bench
+from tests.e2e.inventory import Missing, gathered
+from tests.e2e.report import PROPERTY, Row, Table
+from tests.e2e.scene import Scene
+from tests.support.stack import sides
+
+_FOLDER = pytest.StashKey[Path]()
+_TABLE = pytest.StashKey[Table]()
+_LEFT = pytest.StashKey[list[str]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("e2e", "the end-to-end run")
+    group.addoption("--guest", type=Path, default=Path(".guest"), help="folder with the guest's parts")
+    group.addoption("--ovmf", type=Path, help="an AmdSev build of OVMF to use instead of the folder's")
+    group.addoption("--qemu", type=Path, help="the real QEMU to use instead of the one on the PATH")
+    group.addoption("--efi-secret", action="store_true", help="let the guest read its secrets through efi_secret")
+    group.addoption("--builtin", action="store_true", help="use the stand-in machine, which runs no kernel")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):
+        return
+    config.stash[_FOLDER] = leftovers.begin()
+    config.stash[_TABLE] = table = Table()
+    config.pluginmanager.register(table)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """See that nothing is left; a run that leaves something has failed."""
+    # Last of all: pytest-xdist has ended its workers by now.
+    if (folder := session.config.stash.get(_FOLDER, None)) is not None:
+        session.config.stash[_LEFT] = left = leftovers.end(folder)
+        if left:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    table = config.stash.get(_TABLE, None)
+    if table is not None and table.rows:
+        terminalreporter.section("what was seen in the guests")
+        for line in table.lines():
+            terminalreporter.line(line)
+    for what in config.stash.get(_LEFT, []):
+        terminalreporter.line(f"LEFT BEHIND: {what}", red=True)
+
+
+@pytest.fixture(scope="session")
+def bench(pytestconfig: pytest.Config) -> Iterator[Bench]:
+    """This worker's stack."""
+    with tempfile.TemporaryDirectory(prefix="parts-") as folder:
+        try:
+            parts = gathered(pytestconfig, Path(folder))
+        except Missing as missing:
+            pytest.skip(str(missing))
+        with running_bench(parts) as running:
+            yield running
+
+
+@pytest.fixture(autouse=True)
+def _no_guest_has_what_is_not_its_own(bench: Bench) -> Iterator[None]:
+    """After every scenario, whatever it looked at itself: nobody booted or read anything that it was not to."""
+    bench.forget()
+    yield
+    wrongs = bench.wrongs()
+    bench.forget()
+    assert not wrongs, "; ".join(wrongs)
+
+
+@pytest.fixture
+async def scene(
+    bench: Bench, _no_guest_has_what_is_not_its_own: None, request: pytest.FixtureRequest
+) -> AsyncIterator[Scene]:
+    """The scenario that the test's mark names, with both services in reach."""
+    mark = request.node.get_closest_marker("scenario")
+    assert mark is not None, "a test of the end-to-end run names its scenario"
+    name, verdict = mark.args
+    callspec = getattr(request.node, "callspec", None)
+    row = Row(name=name.format(**(callspec.params if callspec else {})), verdict=verdict)
+    async with sides(bench.stack) as reached:
+        scene = Scene(bench=bench, sides=reached, row=row)
+        yield scene
+        with contextlib.suppress(OSError):
+            await scene.end()
+    request.node.user_properties.append((PROPERTY, row.properties()))
+
+
+def accepted(name: str) -> pytest.MarkDecorator:
+    """A scenario that must end with an attested guest; its parameters may stand in the name as `{parameter}`."""
+    return pytest.mark.scenario(name, "accepted")
+
+
+def refused(name: str) -> pytest.MarkDecorator:
+    """A scenario in which no guest may get a secret."""
+    return pytest.mark.scenario(name, "refused")

@@ -1,0 +1,246 @@
+"""One scenario: launches that it drives, what it may see of a guest, and the row that it leaves in the table."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+from common.errors import Reason
+from common.sev.digest.ovmf import Area
+from orchestrator.demo.processes import machine_pid
+from orchestrator.demo.story import read_secrets
+from orchestrator.drivers.base import Host, Measured, Packet, Session
+from orchestrator.flow import Launch, Order, Outcome, Patience, Step
+from tests.e2e.bench import Bench
+from tests.e2e.report import Row
+from tests.support.eventually import until
+from tests.support.qmp import QmpClient
+from tests.support.stack import PATIENCE, Crash, CrashingHost, CrashingOwner, Sides
+
+BOOT_SECONDS = 60.0
+# Where a service stays away for good, asking twice shows it.
+IMPATIENT = Patience(first=0.05, attempts=2)
+# What an AmdSev firmware says when it was handed something else than it vouches for.
+_NOT_BOOTED = "BdsDxe: failed to load"
+
+
+@dataclass
+class Scene:
+    """One scenario.
+
+    Attributes:
+        bench: the worker's stack.
+        sides: both services as the orchestrator sees them.
+        row: what the table will say.
+        outcomes: of the launches so far.
+    """
+
+    bench: Bench
+    sides: Sides
+    row: Row
+    outcomes: list[Outcome] = field(default_factory=list)
+
+    # -------------------------------------------------------------------------------------------------- the launches
+
+    async def launch(
+        self,
+        guest: str,
+        workload: str,
+        *,
+        host: Callable[[Host], Host] | None = None,
+        crash: Crash | None = None,
+        patience: Patience = PATIENCE,
+    ) -> Outcome:
+        """Take the seven steps, as `sevattest launch` does.
+
+        Args:
+            guest: name of the guest.
+            workload: name of the workload.
+            host: puts a meddling host before the honest one.
+            crash: what happens between the steps.
+            patience: how often a step is repeated.
+        """
+        crash = crash or Crash()
+        honest: Host = CrashingHost(self.sides.host, crash)
+        launch = Launch(
+            host=host(honest) if host else honest,
+            owner=CrashingOwner(self.sides.owner, crash),
+            order=order(guest, workload),
+            patience=patience,
+        )
+        outcome = await launch.run()
+        self.outcomes.append(outcome)
+        return outcome
+
+    async def begun(self, guest: str, workload: str, last: Step) -> Session:
+        """A launch that was taken up to `last` and is left there."""
+        session = await self.sides.steps(order(guest, workload), last)
+        assert session is not None
+        self.outcomes.append(Outcome(order=order(guest, workload), session=session))
+        return session
+
+    async def measured(self, session: Session) -> Measured:
+        """The measurement of a launch that is paused."""
+        return await self.sides.host.measure(session.launch_id, within=20)
+
+    async def released(self, session: Session, request_id: UUID) -> Packet:
+        """The owner's answer to the launch's own measurement."""
+        measured = await self.measured(session)
+        return await self.sides.owner.release(session.launch_id, measured, request_id=request_id, within=20)
+
+    async def end(self) -> None:
+        """End every launch of the scenario."""
+        for outcome in self.outcomes:
+            await self.sides.end(outcome)
+
+    # ----------------------------------------------------------------------------------------------- what was to come
+
+    def allow(self, guest: str, workload: str | None) -> None:
+        """Say that this guest may run, and read the secrets of that workload or none; nobody else may."""
+        self.bench.allowed[guest] = None if workload is None else self.bench.owner.workloads[workload]
+
+    async def reads(self, outcome: Outcome) -> str:
+        """Wait until the guest has read its secrets, which must be exactly those on file.
+
+        Returns:
+            What it wrote to its serial line.
+        """
+        assert outcome.error is None, outcome.error
+        guest, workload = outcome.order.guest, outcome.order.workload
+        self.allow(guest, workload)
+        said = await self.waits_for(guest, "guest: done" if self.bench.real else "secret ")
+        rightful = [(str(secret.guid), secret.in_the_guest) for secret in self.bench.owner.workloads[workload].secrets]
+        assert sorted((secret.guid, secret.data) for secret in read_secrets(said)) == sorted(rightful)
+        sizes = " + ".join(str(len(data)) for _, data in rightful)
+        cpus = re.search(r"guest: Linux \S+, (\d+) CPUs?", said)
+        self.saw(f"read {sizes} bytes, as on file" + (f" ({cpus[1]} vCPUs)" if cpus else ""))
+        return said
+
+    async def waits_for(self, guest: str, text: str) -> str:
+        """Wait until the guest has said `text`, with the rest of that line; returns all that it said."""
+
+        def said() -> bool:
+            return "\n" in self.bench.stack.serial(guest).partition(text)[2]
+
+        try:
+            await until(said, BOOT_SECONDS)
+        except TimeoutError:
+            tail = self.bench.stack.serial(guest)[-600:]
+            raise AssertionError(f"{guest} never said {text!r}; the last of what it said: {tail!r}") from None
+        return self.bench.stack.serial(guest)
+
+    def refused(self, outcome: Outcome, step: Step, reason: Reason) -> None:
+        """The launch must have been refused at this step for this reason, before its guest ran, and be ended."""
+        assert outcome.error is not None, "the launch was accepted"
+        assert (outcome.steps[-1].step, outcome.error.reason) == (step, reason), outcome.error
+        self.row.reason = reason.value
+        self.never_ran(outcome.order.guest)
+
+    def never_ran(self, guest: str) -> None:
+        """The guest must not have executed an instruction, and its machine must be gone."""
+        assert self.bench.stack.serial(guest) == ""
+        assert not self.bench.stack.machine_runs(guest)
+        self.saw("never ran")
+
+    async def firmware_refuses(self, guest: str) -> None:
+        """Wait until the guest's own firmware has refused what it was handed."""
+        said = await self.waits_for(guest, _NOT_BOOTED)
+        assert "Linux version" not in said
+        assert read_secrets(said) == []
+        self.saw("firmware refused to boot it")
+
+    def saw(self, text: str) -> None:
+        """Note what was seen of the guest."""
+        self.row.saw = text if self.row.saw in {"", text} else f"{self.row.saw}; {text}"
+
+    def explained(self, outcome: Outcome) -> str:
+        """The owner's explanation of the refusal, from its audit log."""
+        assert outcome.session is not None
+        assert outcome.error is not None
+        records = self.bench.audit(outcome.session.launch_id)
+        record = next(record for record in records if record["audit_id"] == outcome.error.fields["audit_id"])
+        assert record["reason"] == outcome.error.reason
+        sentence: str = record["explanation"]["sentence"]
+        return sentence
+
+    @staticmethod
+    def receipt(outcome: Outcome) -> dict[str, Any]:
+        """The owner's receipt."""
+        assert outcome.receipt is not None
+        receipt: dict[str, Any] = json.loads(outcome.receipt)
+        return receipt
+
+    # ----------------------------------------------------------------------------------------------------- the machine
+
+    @contextlib.contextmanager
+    def monitor(self, launch_id: UUID) -> Iterator[QmpClient]:
+        """The machine's own QMP socket, which the agent holds only while it takes a step."""
+        with QmpClient(self.bench.monitor(launch_id)) as client:
+            client.negotiate()
+            yield client
+
+    def ram(self, launch_id: UUID, area: Area | None) -> bytes:
+        """What is in the guest's RAM there, read by the machine into a file that only we can read."""
+        assert area is not None
+        file = self.bench.site.host / f"ram-{launch_id}"
+        try:
+            with self.monitor(launch_id) as client:
+                client.ask("pmemsave", val=area.base, size=area.size, filename=str(file))
+            return file.read_bytes()
+        finally:
+            file.unlink(missing_ok=True)
+
+    def pid(self, guest: str) -> int | None:
+        """The process that the agent has started for the guest, None when there is none."""
+        return machine_pid(self.bench.site.pid_file(guest), str(self.bench.site.root))
+
+    def pid_below(self, guest: str) -> int | None:
+        """The real QEMU below it, None when there is none."""
+        above = self.pid(guest)
+        return None if above is None else next(_children(above), None)
+
+    def kill(self, guest: str, *, below: bool) -> None:
+        """Kill the guest's machine, or the real QEMU below it."""
+        pid = self.pid_below(guest) if below else self.pid(guest)
+        assert pid is not None, f"{guest} has no machine to kill"
+        os.kill(pid, signal.SIGKILL)
+        # Until it is gone the agent could still be answered.
+        ends = time.monotonic() + 10
+        while _alive(pid):
+            assert time.monotonic() < ends, f"process {pid} does not end"
+            time.sleep(0.005)
+
+    async def sees_no_machine(self, guest: str) -> None:
+        """Wait until nothing of the guest's machine is left."""
+        await until(lambda: self.pid(guest) is None)
+
+
+def order(guest: str, workload: str) -> Order:
+    """A launch under a request id of its own."""
+    return Order(guest=guest, workload=workload, request_id=uuid4(), timeout=60.0)
+
+
+def _children(parent: int) -> Iterator[int]:
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and (fields := _stat(int(entry.name))) and int(fields[1]) == parent:
+            yield int(entry.name)
+
+
+def _alive(pid: int) -> bool:
+    return (fields := _stat(pid)) is not None and fields[0] not in {b"Z", b"X"}
+
+
+def _stat(pid: int) -> list[bytes] | None:
+    """The fields of /proc/PID/stat from the state on; proc(5)."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    return None
