@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,17 +31,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     serve.add_argument("--no-init", action="store_true", help="start uninitialised (psp_init_on_probe=0)")
     serve.add_argument("--no-es", action="store_true", help="start without SEV-ES")
     serve.add_argument("--trace", action="store_true", help="tell each command on stderr")
-    qemu = commands.add_parser("qemu", help="the stand-in machine; takes QEMU's own arguments", add_help=False)
+    qemu = commands.add_parser("qemu", help="a machine; takes QEMU's own arguments", add_help=False)
     qemu.add_argument("-h", "--help", action="help")
-    qemu.add_argument("--builtin", action="store_true", help="the built-in machine")
+    qemu.add_argument("--builtin", action="store_true", help="a machine without QEMU that runs no kernel")
+    qemu.add_argument(
+        "--qemu", metavar="PROGRAM", default="qemu-system-x86_64", help="the real QEMU (default: %(default)s)"
+    )
     _add_state(qemu)
     qemu.add_argument(
-        "--qemu-version", choices=_QEMU_VERSIONS, default="7.2", help="whose QMP it speaks (default: 7.2)"
+        "--qemu-version", choices=_QEMU_VERSIONS, help="with --builtin: whose QMP it speaks (default: 7.2)"
     )
     qemu.add_argument(
-        "--vmsa", choices=_VMSA_FLAVOURS, default="legacy", help="which save areas SEV-ES guests start with"
+        "--vmsa", choices=_VMSA_FLAVOURS, help="which save areas SEV-ES guests start with (default: legacy)"
     )
-    qemu.usage = "%(prog)s --builtin --state DIR [--qemu-version V] [--vmsa FLAVOUR] QEMU'S-ARGUMENTS …"
+    qemu.usage = "%(prog)s --state DIR [--qemu PROGRAM | --builtin] [--vmsa FLAVOUR] QEMU'S-ARGUMENTS …"
     qemu.set_defaults(arguments=[])
     firmware = commands.add_parser("firmware", help="write a firmware image with the footer of an AmdSev build")
     firmware.add_argument("file", metavar="FILE", type=Path, help="the file to write")
@@ -82,15 +86,23 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _qemu(args: argparse.Namespace) -> int:
-    if not args.builtin:
+    if args.builtin:
+        from emulator.qmp_server import run_machine
+
+        version, flavour = args.qemu_version or "7.2", args.vmsa or "legacy"
+        return run_machine(args.arguments, state=args.state, qemu_version=version, flavour=flavour)
+    if args.qemu_version:
+        raise InvalidInput(Reason.INVALID_ARGUMENT, "--qemu-version is the built-in machine's; a real QEMU has its own")
+    program = shutil.which(args.qemu)
+    if program is None:
         raise InvalidInput(
             Reason.INVALID_ARGUMENT,
-            "only the built-in machine is there",
-            hint="sevattest platform qemu --builtin --state DIR …",
+            f"there is no program {args.qemu}",
+            hint="install QEMU (Debian: qemu-system-x86), name it with --qemu, or use --builtin, which runs no kernel",
         )
-    from emulator.qmp_server import run_machine
+    from emulator.front.machine import run_front
 
-    return run_machine(args.arguments, state=args.state, qemu_version=args.qemu_version, flavour=args.vmsa)
+    return run_front(args.arguments, state=args.state, program=program, flavour=args.vmsa)
 
 
 def _show(args: argparse.Namespace) -> int:
@@ -145,7 +157,7 @@ def _own_options(words: Sequence[str]) -> tuple[list[str], list[str]]:
         name, equals, _ = words[at].partition("=")
         if name in {"--builtin", "--help", "-h"}:
             at += 1
-        elif name in {"--state", "--qemu-version", "--vmsa"}:
+        elif name in {"--state", "--qemu", "--qemu-version", "--vmsa"}:
             at += 1 if equals else 2
         else:
             break

@@ -49,5 +49,10 @@ DEFAULT_MODEL = "qemu64"
 def find_model(name: str, *, generation: str) -> CpuModel | None:
     """The model of this name, with or without its version; None if there is none."""
     if name == "host":
-        return _MODELS[_HOSTS[generation]]
+        return _MODELS[host_model(generation)]
     return _MODELS.get(_VERSION.sub("", name))
+
+
+def host_model(generation: str) -> str:
+    """The name of the model that `-cpu host` is on a platform of this generation."""
+    return _HOSTS[generation]

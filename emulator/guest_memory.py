@@ -21,12 +21,15 @@ class NotMapped(Exception):
 
 
 class GuestMemory:
-    """RAM of `size` bytes and one read-only image below 4 GiB; raises MachineDied when there is not so much."""
+    """RAM of `size` bytes and one read-only image below 4 GiB; raises MachineDied when there is not so much.
 
-    def __init__(self, size: int, image: bytes = b"") -> None:
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+    With `shared`, a descriptor of as large a file, the RAM is that of whoever else maps it.
+    """
+
+    def __init__(self, size: int, image: bytes = b"", *, shared: int = -1) -> None:
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE if shared < 0 else mmap.MAP_SHARED
         try:
-            self._ram = mmap.mmap(-1, size, flags=flags)
+            self._ram = mmap.mmap(shared, size, flags=flags)
         except (OSError, OverflowError) as error:
             raise MachineDied("cannot set up guest memory 'pc.ram': Cannot allocate memory") from error
         self._low = min(size, _LOW_WHEN_MORE) if size >= _LOW_MAX else size

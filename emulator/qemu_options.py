@@ -178,13 +178,12 @@ class _CommandLine:
         self._options.vcpus = count
 
     def _memory(self, value: str) -> None:
-        size = _SIZE.match(dict(pairs(value, "size")).get("size", ""))
-        if size is None or len(size[1]) > _NUMBER_DIGITS:
+        size = memory_size(dict(pairs(value, "size")).get("size", ""), "m")
+        if size is None:
             raise MachineDied(f"-m {value}: Parameter 'size' expects a size")
-        unit = size[2].lower() or "m"
-        self._options.memory = int(size[1]) * _UNITS[unit]
-        if not self._options.memory:
+        if not size:
             raise MachineDied(f"-m {value}: invalid RAM size: 0")
+        self._options.memory = size
 
     def _machine(self, value: str) -> None:
         for key, text in pairs(value, "type"):
@@ -239,3 +238,16 @@ class _CommandLine:
                 self._objects[identifier] = None
         else:
             raise MachineDied(f"-object {value}: Parameter 'qom-type' does not accept value '{kind}'")
+
+
+def memory_size(text: str, unit: str) -> int | None:
+    """Bytes in a size as QEMU writes one; None for what is none.
+
+    Args:
+        text: digits and perhaps a unit.
+        unit: what digits alone are counted in, `b` or `m`.
+    """
+    found = _SIZE.match(text)
+    if found is None or len(found[1]) > _NUMBER_DIGITS:
+        return None
+    return int(found[1]) * _UNITS[found[2].lower() or unit]

@@ -66,10 +66,16 @@ class _Token(NamedTuple):
 
 
 class JsonStream:
-    """Bytes in, values and errors out."""
+    """Bytes in, values and errors out.
+
+    Attributes:
+        consumed: how many bytes of the stream end with what was found last.
+    """
 
     def __init__(self) -> None:
+        self.consumed = 0
         self._buffer = bytearray()
+        self._dropped = 0  # bytes of the stream that are no more in the buffer
         self._reached = 0  # how much of an unfinished token was looked at: nothing is looked at twice
         self._recovering = False
         self._tokens: list[_Token] = []
@@ -87,8 +93,10 @@ class JsonStream:
                 break
             found = self._take(token)
             if found is not None:
+                self.consumed = self._dropped + at
                 yield found
         del self._buffer[:at]
+        self._dropped += at
 
     def _lex(self, at: int) -> tuple[_Token | None, int]:
         """The token at `at` and where it ends; None when more bytes must come first."""

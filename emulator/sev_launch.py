@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from common.sev.abi import PLATFORM_ES, REPORT_SIZE, DeviceCommand, PolicyBit
+from common.sev.abi import PLATFORM_ES, REPORT_SIZE, DeviceCommand
 from emulator.device_client import CommandFailed, Device
 from emulator.errors import CommandError, MachineDied
 from emulator.footer import Footer
@@ -94,7 +94,7 @@ class SevLaunch:
     @property
     def is_es(self) -> bool:
         """Whether the guest's registers are protected too."""
-        return bool(self.guest.policy & PolicyBit.ES)
+        return self.guest.is_es
 
     @property
     def measurement(self) -> str | None:

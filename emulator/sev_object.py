@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.sev.abi import PolicyBit
 from emulator.errors import MachineDied
 
 _PART = re.compile(r"(?:[^,]|,,)+")
@@ -39,6 +40,11 @@ class SevGuest:
     session_file: Path | None
     kernel_hashes: bool
     legacy_vm_type: str | None = None
+
+    @property
+    def is_es(self) -> bool:
+        """Whether the guest's registers are protected too."""
+        return bool(self.policy & PolicyBit.ES)
 
 
 def object_properties(value: str) -> tuple[str, dict[str, str]]:

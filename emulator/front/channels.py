@@ -1,0 +1,182 @@
+"""Opens the devices of `channel_spec` and hands over one client after the other.
+
+A server takes one client at a time: a second one's connect() succeeds and hears nothing until the first one leaves, as
+with QEMU, whose listen backlog is one. A channel that goes to its peer is a client of that one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import threading
+from collections.abc import AsyncGenerator
+from typing import NamedTuple
+
+from emulator.errors import MachineDied
+from emulator.front.channel_spec import ChannelSpec, Kind
+from emulator.qemu_words import complain
+
+_LINE_LIMIT = 1 << 20
+_SOCKET_PATH_MAX = 107
+_CHUNK = 1 << 16
+
+
+class Client(NamedTuple):
+    """Whoever speaks QMP to a monitor."""
+
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+
+
+class Channel:
+    """One device, opened; closing it removes the socket that it made.
+
+    Attributes:
+        spec: what it is.
+        reached: set when the first client is there.
+    """
+
+    def __init__(self, spec: ChannelSpec) -> None:
+        """Open it.
+
+        Raises:
+            MachineDied: with QEMU's words.
+        """
+        self.spec = spec
+        self.reached = asyncio.Event()
+        self._made: str | None = None
+        self._listener = self._listen() if spec.server and spec.kind is not Kind.STDIO else None
+        if spec.wait:
+            complain(f"info: QEMU waiting for connection on: disconnected:{spec.kind}:{spec.address},server=on")
+
+    async def clients(self) -> AsyncGenerator[Client]:
+        """Every client, each after the one before it has gone; ends when there can be no more.
+
+        Raises:
+            MachineDied: the peer cannot be reached, and no other attempt was asked for.
+        """
+        while True:
+            connection = await self._next()
+            reader, writer = await asyncio.open_connection(sock=connection, limit=_LINE_LIMIT)
+            self.reached.set()
+            try:
+                yield Client(reader, writer)
+            finally:
+                writer.close()
+            if self._listener is None and not self.spec.reconnect:
+                return
+
+    def close(self) -> None:
+        """Close it."""
+        if self._listener is not None:
+            self._listener.close()
+        if self._made is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(self._made)  # noqa: PTH108 -- a socket's address, which need not be a path
+
+    async def _next(self) -> socket.socket:
+        spec = self.spec
+        if spec.kind is Kind.STDIO:
+            return _standard_streams()
+        if self._listener is not None:
+            return (await asyncio.get_running_loop().sock_accept(self._listener))[0]
+        if spec.kind is Kind.FD:
+            return _inherited(spec.address)
+        while True:
+            connection, address = _socket_for(spec)
+            try:
+                await asyncio.get_running_loop().sock_connect(connection, address)
+            except OSError as error:
+                connection.close()
+                if not spec.reconnect:
+                    raise MachineDied(
+                        f"-qmp {spec.kind}:{spec.address}: Failed to connect to '{spec.address}': {error.strerror}"
+                    ) from error
+                await asyncio.sleep(spec.reconnect)
+            else:
+                return connection
+
+    def _listen(self) -> socket.socket:
+        if self.spec.kind is Kind.FD:
+            listener = _inherited(self.spec.address)
+        else:
+            listener, address = _socket_for(self.spec)
+            try:
+                self._bind(listener, address)
+            except BaseException:
+                listener.close()
+                raise
+        listener.listen(1)
+        return listener
+
+    def _bind(self, listener: socket.socket, address: tuple[str, int] | str) -> None:
+        if not isinstance(address, str):
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                listener.bind(address)
+            except OSError as error:
+                raise MachineDied(
+                    f"-qmp tcp:{self.spec.address}: Failed to find an available port: {error.strerror}"
+                ) from error
+            return
+        if len(os.fsencode(address)) > _SOCKET_PATH_MAX:
+            raise MachineDied(
+                f"-qmp unix:{address}: UNIX socket path '{address}' is too long", "Path must be less than 108 bytes"
+            )
+        with contextlib.suppress(OSError, ValueError):
+            os.unlink(address)  # noqa: PTH108 -- as QEMU does; ValueError: an abstract address
+        try:
+            listener.bind(address)
+        except OSError as error:
+            raise MachineDied(f"-qmp unix:{address}: Failed to bind socket to {address}: {error.strerror}") from error
+        if not address.startswith("\0"):
+            self._made = os.path.abspath(address)  # noqa: PTH100 -- before anybody changes the directory
+
+
+def _socket_for(spec: ChannelSpec) -> tuple[socket.socket, tuple[str, int] | str]:
+    """A socket of the right family, and the address to bind or to connect it to."""
+    if spec.kind is Kind.UNIX:
+        family, address = socket.AF_UNIX, spec.address
+        connection = socket.socket(family, socket.SOCK_STREAM)
+        connection.settimeout(0)
+        return connection, address
+    host, _, port = spec.address.rpartition(":")
+    host = host.strip("[]")
+    if not port.isdecimal() or int(port) > 0xFFFF:
+        raise MachineDied(f"-qmp tcp:{spec.address}: address resolution failed for {spec.address}")
+    connection = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    connection.settimeout(0)
+    return connection, (host, int(port))
+
+
+def _inherited(number: str) -> socket.socket:
+    try:
+        connection = socket.socket(fileno=int(number))
+    except (OSError, ValueError) as error:
+        raise MachineDied(f"-chardev socket,fd={number}: not the descriptor of a socket") from error
+    connection.settimeout(0)
+    return connection
+
+
+def _standard_streams() -> socket.socket:
+    """One end of a pair whose other end is standard input and output, whatever kind of file they are."""
+    ours, theirs = socket.socketpair()
+    ours.settimeout(0)
+
+    def pump_in() -> None:
+        with contextlib.suppress(OSError):
+            while data := os.read(0, _CHUNK):
+                theirs.sendall(data)
+            theirs.shutdown(socket.SHUT_WR)
+
+    def pump_out() -> None:
+        with contextlib.suppress(OSError):
+            while data := theirs.recv(_CHUNK):
+                while data:
+                    data = data[os.write(1, data) :]
+
+    for pump in (pump_in, pump_out):
+        threading.Thread(target=pump, daemon=True).start()
+    return ours
