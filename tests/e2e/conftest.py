@@ -23,11 +23,16 @@ _LEFT = pytest.StashKey[list[str]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("e2e", "the end-to-end run")
-    group.addoption("--guest", type=Path, default=Path(".guest"), help="folder with the guest's parts")
-    group.addoption("--ovmf", type=Path, help="an AmdSev build of OVMF to use instead of the folder's")
-    group.addoption("--qemu", type=Path, help="the real QEMU to use instead of the one on the PATH")
+    group.addoption("--guest", type=_path, default=".guest", help="folder with the guest's parts")
+    group.addoption("--ovmf", type=_path, help="an AmdSev build of OVMF to use instead of the folder's")
+    group.addoption("--qemu", type=_path, help="the real QEMU to use instead of the one on the PATH")
     group.addoption("--efi-secret", action="store_true", help="let the guest read its secrets through efi_secret")
     group.addoption("--builtin", action="store_true", help="use the stand-in machine, which runs no kernel")
+
+
+def _path(text: str) -> Path:
+    # The agent takes no other; and its machines run in folders of their own.
+    return Path(text).absolute()
 
 
 def pytest_configure(config: pytest.Config) -> None:
