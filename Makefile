@@ -21,7 +21,7 @@ help: ## this list
 	@sed -n 's/^\([a-z0-9]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.ready ## launch one guest on a software platform, attested end to end (ARGS=--tamper=kernel …)
-	@$(BIN)/sevattest demo $(ARGS)
+	@$(BIN)/sevattest demo $(if $(wildcard $(GUEST)/stamp.json),--guest $(GUEST)) $(if $(QEMU),--qemu $(QEMU)) $(ARGS)
 
 test: $(VENV)/.ready ## every test that needs no special hardware (ARGS=… goes to pytest)
 	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)

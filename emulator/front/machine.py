@@ -70,6 +70,8 @@ class _Front:
             MachineDied: it ended otherwise than by QEMU's end.
         """
         with contextlib.ExitStack() as resources:
+            if self.plan.pid_file is not None:
+                _write_pid(self.plan.pid_file, resources)
             return asyncio.run(self._run(ready, resources))
 
     async def _run(self, ready: Callable[[], None], resources: contextlib.ExitStack) -> int:
@@ -170,6 +172,16 @@ def _memfd(name: str, resources: contextlib.ExitStack, data: bytes = b"") -> int
     while data:
         data = data[os.write(descriptor, data) :]
     return descriptor
+
+
+def _write_pid(path: Path, resources: contextlib.ExitStack) -> None:
+    """-pidfile: ours, since whoever ends us ends the machine."""
+    path = path.absolute()
+    try:
+        path.write_text(f"{os.getpid()}\n")
+    except OSError as error:
+        raise MachineDied(f"cannot create PID file: Cannot open pid file '{path}': {error.strerror}") from error
+    resources.callback(path.unlink, missing_ok=True)
 
 
 def _in_background(front: _Front) -> int:

@@ -11,8 +11,10 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -22,7 +24,7 @@ from types import FrameType
 
 from common.errors import InvalidInput, PlatformFailed, Reason, exit_code
 from orchestrator.cli.launch import as_json, error_lines, step_line
-from orchestrator.demo.artefacts import installed_ovmf
+from orchestrator.demo.guest.parts import GuestParts, PartsMissing, find_parts
 from orchestrator.demo.site import GUEST, WORKLOAD, Site
 from orchestrator.demo.stack import Stack
 from orchestrator.demo.story import Story, Telling
@@ -42,6 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"play a dishonest host: {', '.join(Tamper)}",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the story")
+    parser.add_argument(
+        "--machine",
+        choices=("auto", "qemu", "builtin"),
+        default="auto",
+        help="a real QEMU that boots a real guest, or the built-in machine (default: the real one where it is at hand)",
+    )
+    parser.add_argument("--guest", type=Path, metavar="DIR", help="parts of a real guest, as `make guest` gets them")
+    parser.add_argument("--qemu", type=Path, metavar="FILE", help="the real QEMU, instead of the one on the PATH")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="use this empty folder and leave all files in it")
 
 
@@ -55,8 +65,9 @@ def _tamper(text: str) -> Tamper:
 def run(args: argparse.Namespace) -> int:
     """Tell the story; the exit code says how it ended."""
     began = time.monotonic()
-    with _ended_in_order(), _folder(args.keep) as root, Stack(Site(root=root)) as stack:
-        telling = _Quiet() if args.json else _Aloud(args.tamper)
+    parts = _parts(args)
+    with _ended_in_order(), _folder(args.keep) as root, Stack(Site(root=root, parts=parts)) as stack:
+        telling = _Quiet() if args.json else _Aloud(stack.site, args.tamper)
         story = Story(stack=stack, telling=telling, tamper=args.tamper)
         story.run()
         outcome = story.outcome
@@ -69,6 +80,22 @@ def run(args: argparse.Namespace) -> int:
     if args.tamper is not None:
         raise PlatformFailed(Reason.INTERNAL, "the dishonest host was not noticed: this is a defect, please report it")
     return 0
+
+
+def _parts(args: argparse.Namespace) -> GuestParts | None:
+    """What a real guest is made of; None for the built-in machine.
+
+    Raises:
+        PartsMissing: a real machine was asked for and cannot be had.
+    """
+    if args.machine == "builtin":
+        return None
+    try:
+        return find_parts(args.guest, qemu=args.qemu)
+    except PartsMissing:
+        if args.machine == "qemu":
+            raise
+        return None
 
 
 @contextlib.contextmanager
@@ -141,13 +168,20 @@ class _Quiet(Telling):
 class _Aloud(_Quiet):
     """Tells the story on stdout as it happens."""
 
-    def __init__(self, tamper: Tamper | None) -> None:
-        ovmf = installed_ovmf()
+    def __init__(self, site: Site, tamper: Tamper | None) -> None:
+        made = "a 4 MiB image with the footer of an AmdSev build, made for this run"
         print("sevattest demo: one guest, attested end to end; every party is a process on this machine")
         print()
         print("  platform   software, with a root of its own: shows the procedure, proves nothing about hardware")
-        print("  machine    built in, in QEMU's place: takes its command line, speaks its QMP, runs no kernel")
-        print(f"  firmware   {ovmf or 'a 4 MiB image with the footer of an AmdSev build, made for this run'}")
+        if site.parts is None:
+            print("  machine    built in, in QEMU's place: takes its command line, speaks its QMP, runs no kernel")
+            print(
+                "             (for a real QEMU that boots a real Linux: `make guest` in a checkout, and docs/demo.md)"
+            )
+        else:
+            print(f"  machine    real: {_version(site.parts.qemu)} under TCG; SEV is the software platform's")
+            print(f"  guest      real: Linux {_release(site.parts.kernel)} reads its secret in its own memory")
+        print(f"  firmware   {site.firmware or made}")
         if tamper is not None:
             print(f"  host       dishonest: {STORIES[tamper]}")
         print(flush=True)
@@ -175,14 +209,33 @@ class _Aloud(_Quiet):
         print(f"\ndone in {seconds:.1f} s; {f'all files are in {kept}' if kept else 'nothing is left behind'}")
 
 
+def _version(qemu: Path) -> str:
+    """What a QEMU calls itself: `QEMU 7.2.22`."""
+    answer = subprocess.run([qemu, "-version"], check=False, capture_output=True, text=True)  # noqa: S603 -- the user's
+    found = re.search(r"version ([0-9.]+)", answer.stdout)
+    return f"QEMU {found[1]}" if found else qemu.name
+
+
+def _release(kernel: Path) -> str:
+    """The release in a kernel's setup header (Linux, Documentation/arch/x86/boot.rst, `kernel_version`)."""
+    with kernel.open("rb") as file:
+        head = file.read(0x8000)
+    at = int.from_bytes(head[0x20E:0x210], "little") + 0x200
+    return head[at : at + 64].split(b"\0")[0].split(b" ")[0].decode("ascii", "replace") or kernel.name
+
+
 # ------------------------------------------------------------------------------------------------------ told as JSON
 
 
 def _report(story: Story, outcome: Outcome, seconds: float) -> dict[str, object]:
+    site = story.site
     return {
         "tamper": str(story.tamper) if story.tamper else None,
         "platform": {"kind": "software", "root": "emulated"},
-        "firmware": str(installed_ovmf() or "generated"),
+        "machine": {"kind": "builtin"}
+        if site.parts is None
+        else {"kind": "qemu", "version": _version(site.parts.qemu)},
+        "firmware": str(site.firmware or "generated"),
         "guest": GUEST,
         "workload": WORKLOAD,
         "tree": story.tree.splitlines(),

@@ -2,32 +2,27 @@
 
 The owner and the host each have copies of their own, as they would: the owner's are the reference values, the host's
 are what the machine is started with. The firmware of version 2 is the distribution's AmdSev build where one is
-installed; everything else is small and made for the run.
+installed. Kernel and initrd are those of a guest that boots where its parts are at hand, else small stand-ins.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.sev.digest.ovmf import TAIL_SIZE_MAX, parse_footer
-
-# Where distributions put OVMF's AmdSev build (Debian and Ubuntu: package ovmf; Fedora: edk2-ovmf).
-OVMF_PATHS = (
-    Path("/usr/share/ovmf/OVMF.amdsev.fd"),
-    Path("/usr/share/OVMF/OVMF.amdsev.fd"),
-    Path("/usr/share/edk2/ovmf/OVMF.amdsev.fd"),
-)
+from orchestrator.demo.guest.initramfs import build
+from orchestrator.demo.guest.parts import OVMF_PATHS, GuestParts, is_amdsev
 
 OLD, CURRENT = "1", "2"
 VERSIONS = (OLD, CURRENT)
+# A stock kernel has no driver for secrets, so the guest reads its own memory, which `iomem=relaxed` allows.
 CMDLINES = {
-    OLD: "console=ttyS0 root=/dev/mapper/root ro systemd.debug_shell",
-    CURRENT: "console=ttyS0 root=/dev/mapper/root ro",
+    OLD: "console=ttyS0 iomem=relaxed systemd.debug_shell",
+    CURRENT: "console=ttyS0 iomem=relaxed",
 }
+_SECTOR = 512
 _KERNEL_SIZE = 256 * 1024
 _INITRD_SIZE = 512 * 1024
 
@@ -64,10 +59,20 @@ class Artefacts:
         """The kernel's command line."""
         return CMDLINES[self.version]
 
-    def write_kernel_and_initrd(self) -> None:
-        """Write stand-ins that differ from version to version; the built-in machine measures and never runs them."""
-        self.kernel.write_bytes(_filler(f"kernel {self.version}", _KERNEL_SIZE))
-        self.initrd.write_bytes(_filler(f"initrd {self.version}", _INITRD_SIZE))
+    def write_kernel_and_initrd(self, parts: GuestParts | None = None) -> None:
+        """Write kernel and initrd, which differ from version to version.
+
+        Args:
+            parts: of a guest that boots; without them both are stand-ins, which a machine measures and never runs.
+        """
+        if parts is None:
+            self.kernel.write_bytes(_filler(f"kernel {self.version}", _KERNEL_SIZE))
+            self.initrd.write_bytes(_filler(f"initrd {self.version}", _INITRD_SIZE))
+            return
+        # What stands behind a kernel's end changes its hash and nothing that it does.
+        behind = b"" if self.version == CURRENT else _filler(f"kernel {self.version}", _SECTOR)
+        self.kernel.write_bytes(parts.kernel.read_bytes() + behind)
+        self.initrd.write_bytes(build(parts, label=f"sevattest demonstration, version {self.version}"))
 
     def copy_to(self, folder: Path) -> Artefacts:
         """The same version with files of its own in `folder`."""
@@ -79,17 +84,7 @@ class Artefacts:
 
 def installed_ovmf() -> Path | None:
     """The distribution's AmdSev build of OVMF, if there is one that has places for secrets and kernel hashes."""
-    return next((path for path in OVMF_PATHS if _is_amdsev(path)), None)
-
-
-def _is_amdsev(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            file.seek(-TAIL_SIZE_MAX, os.SEEK_END)
-            footer = parse_footer(file.read())
-    except OSError:
-        return False
-    return None not in (footer.reset_address, footer.secret_area, footer.hashes_area)
+    return next((path for path in OVMF_PATHS if is_amdsev(path)), None)
 
 
 def _filler(label: str, size: int) -> bytes:

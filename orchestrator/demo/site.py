@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.demo import dishonest_machine
-from orchestrator.demo.artefacts import CURRENT, VERSIONS, Artefacts
+from orchestrator.demo.artefacts import CURRENT, VERSIONS, Artefacts, installed_ovmf
+from orchestrator.demo.guest.parts import GuestParts
 from orchestrator.demo.processes import script
 
 DATACENTER_DOMAIN = "datacenter.example"
@@ -57,9 +58,16 @@ class Site:
 
     Attributes:
         root: the folder that holds them.
+        parts: what a guest is made of that a real QEMU boots; None where the built-in machine takes its place.
     """
 
     root: Path
+    parts: GuestParts | None = None
+
+    @property
+    def firmware(self) -> Path | None:
+        """The image that guests of the current version are measured with; None where one is made for the run."""
+        return installed_ovmf() if self.parts is None else self.parts.firmware
 
     @property
     def pki(self) -> Path:
@@ -242,11 +250,12 @@ start_timeout = {start_timeout}
     def _guest(self, name: str, play: HostPlay, platform: Path) -> str:
         firmware = self.artefacts(self.host, play.firmware)
         kernel = self.artefacts(self.host, play.kernel)
-        machine = [*script("sevattest"), "platform", "qemu", "--builtin", "--state", str(platform)]
+        program = ["--builtin"] if self.parts is None else ["--qemu", str(self.parts.qemu)]
+        machine = [*script("sevattest"), "platform", "qemu", *program, "--state", str(platform)]
         if play.lowered:
             machine = [sys.executable, "-I", dishonest_machine.__file__, *machine]
         args = [
-            *("-name", name, "-machine", "q35", "-cpu", CPU, "-smp", str(VCPUS), "-m", "512M"),
+            *("-name", name, "-accel", "kvm", "-machine", "q35", "-cpu", CPU, "-smp", str(VCPUS), "-m", "512M"),
             *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
             *("-kernel", str(kernel.kernel), "-initrd", str(self.artefacts(self.host, CURRENT).initrd)),
             *("-append", self.artefacts(self.host, play.cmdline).cmdline),

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Self
 
 from common.errors import PlatformFailed, Reason
-from orchestrator.demo.artefacts import CURRENT, VERSIONS, installed_ovmf
+from orchestrator.demo.artefacts import CURRENT, VERSIONS
 from orchestrator.demo.processes import Service, end_machine, machine_pid, script, signals_held
 from orchestrator.demo.site import AGENT, DATACENTER_DOMAIN, ORCHESTRATOR, OWNER_DOMAIN, VERIFIER, Site
 
@@ -77,7 +77,7 @@ class Stack:
         progress("making identities for two sites")
         make_identities(site.pki)
         for version in VERSIONS:
-            site.artefacts(site.owner, version).write_kernel_and_initrd()
+            site.artefacts(site.owner, version).write_kernel_and_initrd(site.parts)
         site.write_owner()
         self.wait_prepared()
         for version in VERSIONS:
@@ -116,7 +116,7 @@ class Stack:
         site = self.site
         for version in VERSIONS:
             path = site.artefacts(site.owner, version).firmware
-            ovmf = installed_ovmf() if version == CURRENT else None
+            ovmf = site.firmware if version == CURRENT else None
             if ovmf:
                 path.write_bytes(ovmf.read_bytes())
             else:

@@ -16,6 +16,7 @@ from uuid import uuid4
 from common.errors import PlatformFailed, Reason, SevattestError
 from common.rpc.client import open_channel
 from common.rpc.tls import ClientTls
+from orchestrator.demo import console
 from orchestrator.demo.processes import script
 from orchestrator.demo.site import GUEST, ORCHESTRATOR, WORKLOAD, Site
 from orchestrator.demo.stack import Stack
@@ -28,7 +29,9 @@ from orchestrator.flow import Launch, Order, Outcome, StepResult
 # The honest launch whose measurement is replayed.
 EARLIER_GUEST = f"{GUEST}-before"
 _QUERY_SECONDS = 10.0
+# A stand-in's guest speaks at once; a real one boots first, without help from the processor.
 _GUEST_SECONDS = 10.0
+_BOOT_SECONDS = 120.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,17 +187,28 @@ class Story:
         self.telling.block(self.tree)
 
     def _look_at_guest(self) -> None:
-        """Wait for the guest to say what it found in its memory."""
-        ends = time.monotonic() + _GUEST_SECONDS
-        while not (said := self.stack.serial(GUEST)).endswith("\n") and time.monotonic() < ends:
-            time.sleep(0.01)
+        """Watch the guest until it has said what it found in its memory."""
+        real = self.site.parts is not None
+        if real:
+            self.telling.heading("The guest's console, from power-on:")
+        ends = time.monotonic() + (_BOOT_SECONDS if real else _GUEST_SECONDS)
+        told = 0
+        while True:
+            said = self.stack.serial(GUEST)
+            if real:
+                story = console.telling(said)
+                self.telling.block("\n".join(story[told:]))
+                told = len(story)
+            if _is_done(said, real=real) or time.monotonic() > ends:
+                break
+            time.sleep(0.02)
         self.secrets = read_secrets(said)
         expected = self.site.secret.read_bytes()
         self.telling.heading("The guest has read, in its own memory:")
         for secret in self.secrets:
             self.telling.block(f'{secret.guid}  {secret.size} bytes  "{secret.text}"')
         if [secret.data for secret in self.secrets] != [expected]:
-            raise PlatformFailed(Reason.INTERNAL, f"the guest did not read its secret; it said {said!r}")
+            raise PlatformFailed(Reason.INTERNAL, f"the guest did not read its secret; it said {said[-500:]!r}")
         self.telling.block("which is what the guest owner has on file")
 
     def _explain(self) -> None:
@@ -226,6 +240,10 @@ class Story:
         self.telling.block(_evidence_text(self.evidence))
 
 
+def _is_done(said: str, *, real: bool) -> bool:
+    return "guest: done" in said if real else said.endswith("\n")
+
+
 def _record_text(record: dict[str, Any] | None) -> str:
     """What a person wants of an audit record; `--json` has all of it."""
     if record is None:
@@ -255,8 +273,8 @@ def _evidence_text(evidence: dict[str, Any]) -> str:
 
 
 def read_secrets(said: str) -> list[GuestSecret]:
-    """The secrets in what a built-in guest wrote to its serial line: `secret GUID SIZE HEX`, one a line."""
-    words = [line.split() for line in said.splitlines()]
+    """The secrets in what a guest wrote to its serial line: `secret GUID SIZE HEX`, one a line."""
+    words = [line.split() for line in console.lines(said)]
     return [
         GuestSecret(guid=line[1], size=int(line[2]), data=bytes.fromhex(line[3]))
         for line in words

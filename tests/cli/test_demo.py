@@ -17,6 +17,8 @@ from tests.cli.transcripts import Said, run
 
 pytestmark = pytest.mark.slow
 
+# The machine that is there everywhere; a real guest's story is told by `make e2e`.
+BUILTIN = ("--machine", "builtin")
 HEX = re.compile(r"[0-9a-f]{96}|[0-9a-f]{64}")
 UUIDS = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
@@ -25,6 +27,7 @@ sevattest demo: one guest, attested end to end; every party is a process on this
 
   platform   software, with a root of its own: shows the procedure, proves nothing about hardware
   machine    built in, in QEMU's place: takes its command line, speaks its QMP, runs no kernel
+             (for a real QEMU that boots a real Linux: `make guest` in a checkout, and docs/demo.md)
   firmware   FIRMWARE
 
 making the software platform's keys …
@@ -115,12 +118,12 @@ def processes_of(folder: Path) -> list[int]:
 
 
 def test_a_newcomer_sees_tree_steps_and_secret() -> None:
-    said = run("demo")
+    said = run("demo", *BUILTIN)
     assert Said(out=still(said.out), err=said.err, code=said.code) == Said(out=HONEST, err="", code=0)
 
 
 def test_a_dishonest_host_is_shown_as_refused_explained_and_empty_handed() -> None:
-    said = run("demo", "--tamper=kernel")
+    said = run("demo", *BUILTIN, "--tamper=kernel")
     assert (said.code, said.err) == (1, "")
     assert "  host       dishonest: the host starts the guest from version 1 of the kernel\n" in said.out
     assert still(said.out)[still(said.out).index("The launch, step") :] == TAMPERED
@@ -140,7 +143,7 @@ def test_an_interrupted_demonstration_leaves_nothing_behind(
     when: str, number: signal.Signals, code: int, short: Path
 ) -> None:
     environ = {**os.environ, "TMPDIR": str(short)}
-    command = [*script("sevattest"), "demo"]
+    command = [*script("sevattest"), "demo", *BUILTIN]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ, start_new_session=True
     ) as process:
@@ -159,7 +162,7 @@ def test_an_interrupted_demonstration_leaves_nothing_behind(
 
 def test_a_signal_that_was_ignored_from_the_start_stays_ignored(short: Path) -> None:
     environ = {**os.environ, "TMPDIR": str(short)}
-    command = ["/usr/bin/nohup", *script("sevattest"), "demo"]
+    command = ["/usr/bin/nohup", *script("sevattest"), "demo", *BUILTIN]
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environ
     ) as process:
@@ -172,7 +175,7 @@ def test_a_signal_that_was_ignored_from_the_start_stays_ignored(short: Path) -> 
 
 def test_a_reader_that_goes_away_ends_it_quietly(short: Path) -> None:
     environ = {**os.environ, "TMPDIR": str(short)}
-    command = [*script("sevattest"), "demo"]
+    command = [*script("sevattest"), "demo", *BUILTIN]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ) as process:
         assert process.stdout
         process.stdout.readline()
@@ -205,3 +208,11 @@ def test_an_unknown_way_to_tamper_lists_those_that_there_are() -> None:
         "hint: sevattest demo --help\n",
         code=2,
     )
+
+
+def test_a_real_machine_that_cannot_be_had_is_refused_with_what_is_missing(tmp_path: Path) -> None:
+    said = run("demo", "--machine", "qemu", "--guest", tmp_path, "--qemu", tmp_path / "no-qemu")
+    assert said.code == 2
+    assert said.out == ""
+    assert f"{tmp_path / 'no-qemu'} is not there; install Debian's qemu-system-x86" in said.err
+    assert "Traceback" not in said.err

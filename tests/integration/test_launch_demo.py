@@ -48,7 +48,7 @@ def shown(request: pytest.FixtureRequest) -> Iterator[Shown]:
     # Not tmp_path: it is too long for the sockets that come into it.
     with tempfile.TemporaryDirectory(prefix="sev-") as folder:
         tamper = [] if mode == "honest" else [f"--tamper={mode}"]
-        said = run("demo", "--json", "--keep", folder, *tamper, timeout=100)
+        said = run("demo", "--machine", "builtin", "--json", "--keep", folder, *tamper, timeout=100)
         assert said.out, said.err
         yield Shown(told=json.loads(said.out), code=said.code, folder=Path(folder))
 

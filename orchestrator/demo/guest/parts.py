@@ -21,12 +21,17 @@ from pathlib import Path
 
 from common.errors import InvalidInput, Reason
 from common.sev.digest.ovmf import TAIL_SIZE_MAX, parse_footer
-from orchestrator.demo.artefacts import OVMF_PATHS
 
 STAMP = "stamp.json"
 FORMAT = 1  # of the folder; another number makes it stale
 
 QEMU = "qemu-system-x86_64"
+# Where distributions put OVMF's AmdSev build (Debian and Ubuntu: package ovmf-amdsev; Fedora: edk2-ovmf).
+OVMF_PATHS = (
+    Path("/usr/share/ovmf/OVMF.amdsev.fd"),
+    Path("/usr/share/OVMF/OVMF.amdsev.fd"),
+    Path("/usr/share/edk2/ovmf/OVMF.amdsev.fd"),
+)
 _INTERPRETER = b"/lib64/ld-linux"  # in programs that need libraries, which the guest has not
 
 
@@ -160,7 +165,7 @@ def is_amdsev(image: Path) -> bool:
             footer = parse_footer(file.read())
     except OSError:
         return False
-    return footer.secret_area is not None and footer.hashes_area is not None
+    return None not in {footer.reset_address, footer.secret_area, footer.hashes_area}
 
 
 def _find_firmware(made: Path | None, named: Path | None, system: System, missing: list[str]) -> Path | None:

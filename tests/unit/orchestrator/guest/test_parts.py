@@ -158,10 +158,12 @@ def test_what_is_installed_but_of_no_use_is_not_used(machine: Machine, name: str
     assert package in refusal.value.sentences[0]
 
 
-def test_only_an_image_with_both_areas_is_an_amdsev_build(tmp_path: Path) -> None:
+def test_only_an_image_with_both_areas_and_a_reset_block_is_an_amdsev_build(tmp_path: Path) -> None:
     image = tmp_path / "image"
-    secret, hashes = secret_entry(0x810000, 0xC00), hashes_entry(0x810C00, 0x400)
-    for entries, verdict in (((secret, hashes), True), ((secret,), False), ((hashes,), False), ((), False)):
-        image.write_bytes(with_footer(bytes(64), entries))
-        assert is_amdsev(image) is verdict
+    whole = (reset_entry(0x80B004), secret_entry(0x810000, 0xC00), hashes_entry(0x810C00, 0x400))
+    image.write_bytes(with_footer(bytes(64), whole))
+    assert is_amdsev(image)
+    for left_out in whole:
+        image.write_bytes(with_footer(bytes(64), tuple(entry for entry in whole if entry != left_out)))
+        assert not is_amdsev(image)
     assert not is_amdsev(tmp_path / "absent")
