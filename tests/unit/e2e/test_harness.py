@@ -19,6 +19,7 @@ from tests.e2e.bench import CMDLINES, Bench
 from tests.e2e.dishonest import edited
 from tests.e2e.guests import Guest
 from tests.e2e.report import PROPERTY, Row, Table
+from tests.e2e.scene import is_dead_loop
 from tests.e2e.workloads import PLAIN, SEVERAL, Owner
 
 WORDS = [
@@ -103,6 +104,29 @@ def test_a_dishonest_host_changes_one_word(edit: str, word: str) -> None:
 def test_a_dishonest_host_that_would_change_nothing_is_refused(edit: str) -> None:
     with pytest.raises(ValueError, match=r"nothing was changed|no such edit"):
         edited(WORDS, [edit])
+
+
+LOOP = 0x1EC73148
+BOOTING = [0xFFFCCFBF, 0x1FEEA377, 0x1FEA17FA, 0x1EC73563, 0x1EC7349B]
+
+
+@pytest.mark.parametrize("seen", [[LOOP] * 20, [*BOOTING[:1], *[LOOP, LOOP - 2] * 9, BOOTING[1]]])
+def test_a_vcpu_that_stays_where_it_is_in_firmware_is_in_a_dead_loop(seen: list[int]) -> None:
+    assert is_dead_loop(seen)
+
+
+@pytest.mark.parametrize(
+    "seen",
+    [
+        [],
+        [LOOP] * 19,  # too few looks
+        BOOTING * 4,
+        [*BOOTING[:3], *[LOOP] * 17],
+        [0xFFFFFFFF980178A0] * 20,  # a kernel that has nothing to do
+    ],
+)
+def test_a_vcpu_that_boots_or_idles_is_in_no_dead_loop(seen: list[int]) -> None:
+    assert not is_dead_loop(seen)
 
 
 @pytest.fixture
