@@ -62,7 +62,7 @@ class PrivateApt:
     def update(self) -> None:
         """Get the lists. What some source does not give is noted in `complaint`; the others are used."""
         done = self._run("apt-get", "-qq", "update")
-        self.complaint = _last_line(done.stderr)
+        self.complaint = next((line for line in _lines(done.stderr) if line.startswith("Failed to fetch")), "")
 
     def newer(self, folder: Path) -> list[PrivateApt]:
         """The same mirror's newer suites, oldest first, not yet updated; none where the mirror is not Debian's."""
@@ -95,12 +95,14 @@ class PrivateApt:
         Raises:
             Unavailable: one cannot be had.
         """
+        if not packages:
+            raise _unavailable(f"cannot get {into.name}: {self.complaint or 'no package has that name'}")
         archives = self._folder / "debs" / into.name
         archives.mkdir(parents=True)
         done = self._run("apt-get", "-qq", "download", *packages, folder=archives)
-        if done.returncode or not packages:
-            said = _last_line(done.stderr) or self.complaint or "no package has that name"
-            raise _unavailable(f"cannot get {', '.join(packages) or into.name}: {said}")
+        if done.returncode:
+            # Without lists apt-get knows no package; what kept it from the lists says more.
+            raise _unavailable(f"cannot get {', '.join(packages)}: {self.complaint or _last_line(done.stderr)}")
         versions = {}
         for archive in sorted(archives.iterdir()):
             name, version = archive.name.split("_")[:2]
@@ -124,9 +126,12 @@ class PrivateApt:
         )
 
 
+def _lines(said: str) -> list[str]:
+    return [line.removeprefix("E: ").removeprefix("W: ").strip() for line in said.splitlines() if line.strip()]
+
+
 def _last_line(said: str) -> str:
-    lines = [line.removeprefix("E: ").removeprefix("W: ") for line in said.splitlines() if line.strip()]
-    return lines[-1] if lines else ""
+    return next(reversed(_lines(said)), "")
 
 
 def _unavailable(message: str) -> Unavailable:

@@ -16,7 +16,7 @@ from common.errors import InvalidInput, Unavailable
 from orchestrator.demo.guest.parts import FORMAT, read_stamp
 from tests.e2e import packages
 from tests.e2e.kernel_modules import copy_modules
-from tests.e2e.luks import _encrypt, cryptsetup_command
+from tests.e2e.luks import _encrypt, cryptsetup_command, make_volume
 from tests.support.firmware import amdsev_image, with_footer
 from tests.support.repository import ROOT
 
@@ -233,6 +233,24 @@ def test_sectors_are_encrypted_as_ieee_1619_says() -> None:
     volume = _encrypt(key, bytes(range(256)) * 2 * 256)
     assert volume[255 * 512 :].hex().startswith("1c3b3a102f770386e4836c99e370cf9bea00803f5e482357a4ae12d414a3e63b")
     assert volume[:512] != volume[255 * 512 :]
+
+
+def test_cryptsetup_opens_the_volume_with_its_passphrase_and_no_other(tmp_path: Path) -> None:
+    folder = ROOT / ".guest" / "cryptsetup"
+    try:
+        command = cryptsetup_command(folder)
+    except InvalidInput:
+        pytest.skip("cryptsetup not found, install it or run `make guest`")
+    make_volume(tmp_path / "volume", b"open sesame", b"treasure", cryptsetup=folder)
+    assert b"treasure" not in (tmp_path / "volume").read_bytes()
+    for passphrase, code in ((b"open sesame", 0), (b"open sesame\0", 2), (b"open barley", 2)):
+        done = subprocess.run(
+            [*command, "open", "--test-passphrase", "--disable-locks", "--key-file", "-", str(tmp_path / "volume")],
+            input=passphrase,
+            capture_output=True,
+            check=False,
+        )
+        assert done.returncode == code
 
 
 def test_without_cryptsetup_a_volume_is_refused_with_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
