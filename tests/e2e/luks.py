@@ -54,7 +54,8 @@ def make_volume(path: Path, passphrase: bytes, content: bytes, *, cryptsetup: Pa
 
     Args:
         path: the file, which is replaced.
-        passphrase: as cryptsetup is to be given it, without a NUL at its end.
+        passphrase: as cryptsetup is to be given it, without a NUL at its end. Up to 64 bytes a volume opens with such
+            a NUL too, because HMAC pads its key with them; only a longer one shows that it was taken off.
         content: what the opened volume starts with.
         cryptsetup: a folder with the program; the one on the PATH by default.
 
