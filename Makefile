@@ -15,7 +15,7 @@ PROTOS := $(shell find proto -name '*.proto')
 e2e guest: export PYTHONPYCACHEPREFIX := $(abspath $(VENV))/pycache
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test e2e guest lint format bench lock clean
+.PHONY: help demo test e2e guest transcripts lint format bench lock clean
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ e2e: $(VENV)/.ready ## real guests on a real QEMU read real secrets, or do not (
 
 guest: $(VENV)/.ready ## the parts of a real guest, from Debian packages, into .guest (GUEST=DIR EFI_SECRET=1)
 	@$(BIN)/python -m tests.e2e.packages $(GUEST) $(filter --efi-secret,$(GUEST_OPTIONS))
+
+transcripts: guest ## renew docs/transcripts and the README's excerpts from real runs
+	$(BIN)/python -m tests.e2e.transcript --guest $(GUEST) $(if $(QEMU),--qemu $(QEMU))
 
 lint: $(VENV)/.ready ## formatting, rules, types, import directions, protos
 	$(BIN)/ruff format --check .

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 import tempfile
@@ -14,13 +13,12 @@ import pytest
 
 from orchestrator.demo.processes import script
 from tests.cli.transcripts import Said, run
+from tests.support.still import still
 
 pytestmark = pytest.mark.slow
 
 # The machine that is there everywhere; a real guest's story is told by `make e2e`.
 BUILTIN = ("--machine", "builtin")
-HEX = re.compile(r"[0-9a-f]{96}|[0-9a-f]{64}")
-UUIDS = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 HONEST = """\
 sevattest demo: one guest, attested end to end; every party is a process on this machine
@@ -92,15 +90,6 @@ def short() -> Iterator[Path]:
     """A folder of our own; tmp_path is too long for the sockets that come into it."""
     with tempfile.TemporaryDirectory(prefix="sev-") as folder:
         yield Path(folder)
-
-
-def still(text: str) -> str:
-    """A transcript with what differs from run to run replaced by its kind."""
-    text = UUIDS.sub("UUID", HEX.sub("HEX", text))
-    text = re.sub(r"(?m)^  firmware   .*$", "  firmware   FIRMWARE", text)
-    text = re.sub(r" +[0-9.]+ ms", " TIME", re.sub(r"in [0-9.]+ s", "in TIME", text))
-    text = re.sub(r"\d+ known neighbours", "N known neighbours", re.sub(r"chip [0-9a-f]{16}…", "chip CHIP", text))
-    return re.sub(r'"[A-Za-z0-9_-]{32}"', '"SECRET"', text)
 
 
 def processes_of(folder: Path) -> list[int]:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.transcript import FOLDER, README, STORIES, block, excerpt
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "deploy").rglob("*.md")])
 
@@ -33,3 +35,12 @@ def test_every_test_that_a_page_names_exists(page: Path) -> None:
 def test_the_pages_are_read() -> None:
     assert len(PAGES) > 10
     assert any(_TEST.search(page.read_text(encoding="utf-8")) for page in PAGES)
+
+
+@pytest.mark.parametrize("story", STORIES)
+def test_the_readme_shows_what_the_transcripts_hold(story: str) -> None:
+    transcript = (FOLDER / f"{story}.txt").read_text(encoding="utf-8")
+    found = block(story).search(README.read_text(encoding="utf-8"))
+    assert found, f"the README has no excerpt of {story}"
+    assert found[2] == excerpt(story, transcript), "`make transcripts` renews the README's excerpts"
+    assert transcript.startswith("$ make demo")
