@@ -11,6 +11,7 @@ import argparse
 import fcntl
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.errors import InvalidInput, Reason, SevattestError, Unavailable
-from orchestrator.demo.guest.parts import FORMAT, STAMP, is_amdsev, is_current, read_stamp
+from orchestrator.demo.guest.parts import FORMAT, QEMU, STAMP, is_amdsev, is_current, read_stamp
 from tests.e2e.efi_secret import build_modules
 from tests.e2e.kernel_modules import copy_modules
 from tests.e2e.private_apt import PrivateApt
@@ -32,6 +33,7 @@ KERNEL = "linux-image-cloud-amd64"
 _DISK_MODULES = ("virtio_pci", "virtio_blk", "dm-crypt", "ecb", "xts")
 _LOADER = "ld-linux-x86-64.so.2"
 _INCOMPLETE = 3
+_NEWER_QEMU = (9, 1)  # since then `query-sev` tells the kind of guest
 
 
 @dataclass(kw_only=True)
@@ -120,6 +122,25 @@ class Making:
             return
         raise _unavailable(reasons[-1])
 
+    def newer_qemu(self) -> None:
+        """`qemu/`: one whose QMP has the shape of 9.1 and newer, where the machine's own is older."""
+        apt = self.apt.backports(self.scratch / "backports")
+        if apt is None:
+            raise _unavailable("the mirror has no backports")
+        apt.update()
+        root = self.unpack(apt, ["qemu-system-x86", "qemu-system-common", "qemu-system-data"], "qemu")
+        program = _only(root, f"usr/bin/{QEMU}", "qemu-system-x86")
+        answer = subprocess.run([program, "-version"], capture_output=True, text=True, check=False)
+        if answer.returncode:
+            raise _unavailable(
+                f"it does not run here: {answer.stderr.strip()}; Debian's qemu-system-x86 has what it needs"
+            )
+        # It looks for its data beside itself.
+        for name in ("bin", "share"):
+            (self.folder / "qemu" / "usr" / name).mkdir(parents=True)
+        shutil.copy(program, self.folder / "qemu/usr/bin" / QEMU)
+        shutil.copytree(root / "usr/share/qemu", self.folder / "qemu/usr/share/qemu")
+
     def efi_secret(self) -> None:
         """`efi_secret/`: the driver, built for the kernel."""
         release = self._kernel_package().removeprefix("linux-image-")
@@ -184,6 +205,8 @@ def _make(folder: Path, room: Path, *, efi_secret: bool) -> dict[str, str]:
     making.part("busybox", making.busybox)
     making.part("cryptsetup", making.cryptsetup)
     making.part("firmware", making.firmware, hint="; `make e2e OVMF=/path/to/an/AmdSev/image` uses another")
+    if _installed_qemu() < _NEWER_QEMU:
+        making.part("newer QEMU", making.newer_qemu)
     if efi_secret:
         making.part("efi_secret", making.efi_secret)
     stamp = {"format": FORMAT, "efi_secret": efi_secret, "packages": making.versions, "missing": making.missing}
@@ -192,6 +215,16 @@ def _make(folder: Path, room: Path, *, efi_secret: bool) -> dict[str, str]:
         folder.rename(room / "old")
     making.folder.rename(folder)
     return making.missing
+
+
+def _installed_qemu() -> tuple[int, ...]:
+    """Version of the machine's own QEMU; nothing where there is none."""
+    program = shutil.which(QEMU)
+    if program is None:
+        return ()
+    answer = subprocess.run([program, "-version"], capture_output=True, text=True, check=False)
+    found = re.search(r"version (\d+)\.(\d+)", answer.stdout)
+    return (int(found[1]), int(found[2])) if found else ()
 
 
 def _is_enough(folder: Path, *, efi_secret: bool) -> bool:

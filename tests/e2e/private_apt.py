@@ -66,18 +66,24 @@ class PrivateApt:
 
     def newer(self, folder: Path) -> list[PrivateApt]:
         """The same mirror's newer suites, oldest first, not yet updated; none where the mirror is not Debian's."""
+        return [apt for suite in _NEWER_SUITES if (apt := self._suite(folder, suite))]
+
+    def backports(self, folder: Path) -> PrivateApt | None:
+        """What the same mirror has for this release from newer ones, not yet updated; None where it is not Debian's."""
+        return self._suite(folder, "{codename}-backports")
+
+    def _suite(self, folder: Path, name: str) -> PrivateApt | None:
         fields = "$(LABEL) $(CODENAME) $(REPO_URI)"
         said = self._run("apt-get", "indextargets", "--format", fields, "Created-By: Packages").stdout
         rows = [line.split(" ") for line in said.splitlines()]
-        mirror = next((row[2] for row in rows if len(row) == 3 and row[0] == "Debian" and "-" not in row[1]), None)
-        if mirror is None:
-            return []
+        found = next((row for row in rows if len(row) == 3 and row[0] == "Debian" and "-" not in row[1]), None)
+        if found is None:
+            return None
+        _, codename, mirror = found
         signed = f" [signed-by={_KEYRING}]" if _KEYRING.is_file() else ""
-        found = []
-        for suite in _NEWER_SUITES:
-            (folder / suite).mkdir(parents=True)
-            found.append(PrivateApt(folder / suite, f"deb{signed} {mirror} {suite} main\n"))
-        return found
+        suite = name.format(codename=codename)
+        (folder / suite).mkdir(parents=True)
+        return PrivateApt(folder / suite, f"deb{signed} {mirror} {suite} main\n")
 
     def depends(self, package: str) -> list[str]:
         """The packages that one needs directly; empty where it is not known."""

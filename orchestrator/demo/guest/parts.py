@@ -8,6 +8,7 @@ folder has, besides `stamp.json`, which says what it is:
     modules/NN-*.ko    of the same kernel: a virtio disk and dm-crypt, in the order in which they need each other
     busybox            package busybox-static
     cryptsetup/        package cryptsetup-bin: the program, `ld.so` and the libraries it needs, side by side
+    qemu/              package qemu-system-x86, where the machine's own is older than 9.1; for tests of its QMP
     efi_secret/NN-*.ko the driver that Debian leaves out, built for this kernel; on request only
 """
 
@@ -23,7 +24,7 @@ from common.errors import InvalidInput, Reason
 from common.sev.digest.ovmf import TAIL_SIZE_MAX, parse_footer
 
 STAMP = "stamp.json"
-FORMAT = 1  # of the folder; another number makes it stale
+FORMAT = 2  # of the folder; another number makes it stale
 
 QEMU = "qemu-system-x86_64"
 # Where distributions put OVMF's AmdSev build (Debian and Ubuntu: package ovmf-amdsev; Fedora: edk2-ovmf).

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import InvalidInput, Unavailable
-from orchestrator.demo.guest.parts import FORMAT, read_stamp
+from orchestrator.demo.guest.parts import FORMAT, QEMU, read_stamp
 from tests.e2e import packages
 from tests.e2e.kernel_modules import copy_modules
 from tests.e2e.luks import _encrypt, cryptsetup_command, make_volume
@@ -46,6 +46,10 @@ cp -r "$MIRROR/${package%%_*}/." "$3"
 """
 
 
+def _qemu(version: str) -> str:
+    return f"#!/bin/sh\necho 'QEMU emulator version {version} (Debian)'\n"
+
+
 @dataclass(frozen=True)
 class Mirror:
     """The packages that there are: a folder each with their content."""
@@ -57,6 +61,7 @@ class Mirror:
             path = self.root / package / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
+            path.chmod(0o755)
 
     def has_kernel_busybox_and_firmware(self) -> None:
         tree = "lib/modules/1-cloud-amd64"
@@ -75,7 +80,8 @@ class Mirror:
 def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mirror:
     tools = tmp_path / "tools"
     tools.mkdir()
-    for name, script in (("apt-get", _APT_GET), ("apt-cache", _APT_CACHE), ("dpkg-deb", _DPKG_DEB)):
+    scripts = (("apt-get", _APT_GET), ("apt-cache", _APT_CACHE), ("dpkg-deb", _DPKG_DEB), (QEMU, _qemu("10.0.2")))
+    for name, script in scripts:
         (tools / name).write_text(script)
         (tools / name).chmod(0o755)
     found = Mirror(tmp_path / "mirror")
@@ -123,6 +129,34 @@ def test_every_missing_package_is_named_on_stderr_and_the_exit_code_says_so(mirr
         "guest: no efi_secret: cannot get linux-image-cloud-amd64: no package has that name",
     ]
     assert (tmp_path / "guest" / "busybox").is_file()
+
+
+def test_a_machine_with_an_older_qemu_gets_a_newer_one_beside_it(mirror: Mirror, tmp_path: Path) -> None:
+    mirror.has_kernel_busybox_and_firmware()
+    (tmp_path / "tools" / QEMU).write_text(_qemu("7.2.22"))
+    missing = packages.make(tmp_path / "guest", efi_secret=False)
+    assert missing["newer QEMU"] == "cannot get qemu-system-x86: Unable to locate package qemu-system-x86"
+    files = {f"usr/bin/{QEMU}": _qemu("10.0.2").encode(), "usr/share/qemu/kvmvapic.bin": b"data"}
+    for package, content in (("qemu-system-x86", files), ("qemu-system-common", {}), ("qemu-system-data", {})):
+        (mirror.root / package).mkdir()
+        mirror.has(package, content)
+    missing = packages.make(tmp_path / "guest", efi_secret=False)
+    assert "newer QEMU" not in missing
+    answer = subprocess.run([tmp_path / "guest/qemu/usr/bin" / QEMU, "-version"], capture_output=True, check=True)
+    assert b"10.0.2" in answer.stdout
+    assert (tmp_path / "guest/qemu/usr/share/qemu/kvmvapic.bin").read_bytes() == b"data"
+
+
+def test_a_newer_qemu_that_does_not_run_here_is_named_and_left_out(mirror: Mirror, tmp_path: Path) -> None:
+    mirror.has_kernel_busybox_and_firmware()
+    (tmp_path / "tools" / QEMU).write_text(_qemu("7.2.22"))
+    broken = b"#!/bin/sh\necho 'error while loading shared libraries' >&2\nexit 127\n"
+    for package in ("qemu-system-common", "qemu-system-data"):
+        (mirror.root / package).mkdir()
+    mirror.has("qemu-system-x86", {f"usr/bin/{QEMU}": broken, "usr/share/qemu/kvmvapic.bin": b"data"})
+    missing = packages.make(tmp_path / "guest", efi_secret=False)
+    assert missing["newer QEMU"].startswith("it does not run here: error while loading shared libraries")
+    assert not (tmp_path / "guest/qemu").exists()
 
 
 def test_firmware_without_room_for_secrets_is_not_taken(mirror: Mirror, tmp_path: Path) -> None:
