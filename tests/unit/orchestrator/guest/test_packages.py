@@ -135,7 +135,7 @@ def test_a_machine_with_an_older_qemu_gets_a_newer_one_beside_it(mirror: Mirror,
     mirror.has_kernel_busybox_and_firmware()
     (tmp_path / "tools" / QEMU).write_text(_qemu("7.2.22"))
     missing = packages.make(tmp_path / "guest", efi_secret=False)
-    assert missing["newer QEMU"] == "cannot get qemu-system-x86: Unable to locate package qemu-system-x86"
+    assert missing["newer QEMU"].endswith("Unable to locate package qemu-system-x86")
     files = {f"usr/bin/{QEMU}": _qemu("10.0.2").encode(), "usr/share/qemu/kvmvapic.bin": b"data"}
     for package, content in (("qemu-system-x86", files), ("qemu-system-common", {}), ("qemu-system-data", {})):
         (mirror.root / package).mkdir()
