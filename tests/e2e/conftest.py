@@ -19,6 +19,7 @@ from tests.support.stack import sides
 _FOLDER = pytest.StashKey[Path]()
 _TABLE = pytest.StashKey[Table]()
 _LEFT = pytest.StashKey[list[str]]()
+_ROW = pytest.StashKey[Row]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -43,6 +44,22 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(table)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Give the test its row, which is in the table whether or not the test comes to run."""
+    mark = item.get_closest_marker("scenario")
+    assert mark is not None, "a test of the end-to-end run names its scenario"
+    name, verdict = mark.args
+    callspec = getattr(item, "callspec", None)
+    row = Row(name=name.format(**(callspec.params if callspec else {})), verdict=verdict)
+    item.stash[_ROW] = row
+    _note(item, row)
+
+
+def _note(item: pytest.Item, row: Row) -> None:
+    item.user_properties[:] = [(PROPERTY, row.properties())]
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """See that nothing is left; a run that leaves something has failed."""
@@ -59,6 +76,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.section("what was seen in the guests")
         for line in table.lines():
             terminalreporter.line(line)
+        for reason in table.skipped:
+            terminalreporter.line(f"not shown: {reason}", yellow=True)
     for what in config.stash.get(_LEFT, []):
         terminalreporter.line(f"LEFT BEHIND: {what}", red=True)
 
@@ -90,17 +109,13 @@ async def scene(
     bench: Bench, _no_guest_has_what_is_not_its_own: None, request: pytest.FixtureRequest
 ) -> AsyncIterator[Scene]:
     """The scenario that the test's mark names, with both services in reach."""
-    mark = request.node.get_closest_marker("scenario")
-    assert mark is not None, "a test of the end-to-end run names its scenario"
-    name, verdict = mark.args
-    callspec = getattr(request.node, "callspec", None)
-    row = Row(name=name.format(**(callspec.params if callspec else {})), verdict=verdict)
+    row = request.node.stash[_ROW]
     async with sides(bench.stack) as reached:
         scene = Scene(bench=bench, sides=reached, row=row)
         yield scene
         with contextlib.suppress(OSError):
             await scene.end()
-    request.node.user_properties.append((PROPERTY, row.properties()))
+    _note(request.node, row)
 
 
 def accepted(name: str) -> pytest.MarkDecorator:

@@ -41,10 +41,16 @@ class Row:
 
 
 class Table:
-    """Collects the rows of a run, and how each test ended."""
+    """Collects the rows of a run, and how each test ended.
+
+    Attributes:
+        rows: of every scenario that was to be shown.
+        skipped: why some were not, each reason once.
+    """
 
     def __init__(self) -> None:
         self.rows: list[Row] = []
+        self.skipped: list[str] = []
         self._bad: dict[str, str] = {}
         self._seconds: dict[str, float] = {}
 
@@ -54,6 +60,9 @@ class Table:
             self._seconds[report.nodeid] = report.duration
         if report.failed or (report.skipped and report.nodeid not in self._bad):
             self._bad[report.nodeid] = report.outcome
+        if report.skipped and isinstance(report.longrepr, tuple):
+            reason = str(report.longrepr[2]).removeprefix("Skipped: ")
+            self.skipped += [] if reason in self.skipped else [reason]
         if report.when != "teardown":
             return
         told = dict(report.user_properties).get(PROPERTY)
