@@ -48,6 +48,7 @@ class Parts:
         disk: a disk that only the passphrase opens, if there is one.
         passphrase: what opens it.
         foreign: the distribution's own OVMF, if there is one.
+        source: where the guest says that its secrets come from.
     """
 
     firmware: Path
@@ -57,6 +58,7 @@ class Parts:
     disk: Path | None = None
     passphrase: bytes | None = None
     foreign: Path | None = None
+    source: str = "/dev/mem"
 
 
 @dataclass
@@ -69,6 +71,7 @@ class Bench:
         guests: by name.
         real: whether machines are real QEMUs.
         footer: of the current firmware.
+        source: where a real guest says that its secrets come from.
         allowed: guests that may run in the scenario, each with its workload, or None where it gets no secret.
     """
 
@@ -77,6 +80,7 @@ class Bench:
     guests: dict[str, Guest]
     real: bool
     footer: Footer
+    source: str
     allowed: dict[str, Workload | None] = field(default_factory=dict)
 
     @property
@@ -180,4 +184,11 @@ def _prepare(stack: Stack, parts: Parts) -> Bench:
     )
     stack.wait_prepared()
     stack.start_services(guests)
-    return Bench(stack=stack, owner=owner, guests=guests, real=parts.qemu is not None, footer=firmware.footer)
+    return Bench(
+        stack=stack,
+        owner=owner,
+        guests=guests,
+        real=parts.qemu is not None,
+        footer=firmware.footer,
+        source=parts.source,
+    )

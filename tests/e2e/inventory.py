@@ -19,6 +19,7 @@ from tests.e2e.workloads import OTHER, WITH_DISK
 DISK_CONTENT = b"only who was attested reads this\n"
 # In the folder: the distribution's own build of OVMF, which reserves nothing for secrets and hashes.
 STOCK = "stock.fd"
+_COCO = "/sys/kernel/security/secrets/coco"
 
 
 class Missing(Exception):
@@ -61,6 +62,7 @@ def _real(parts: GuestParts, folder: Path, foreign: Path | None, *, efi_secret: 
         disk=disk,
         passphrase=passphrase,
         foreign=foreign,
+        source=_COCO if efi_secret else "/dev/mem",
     )
 
 

@@ -126,6 +126,7 @@ class Scene:
         said = await self.waits_for(guest, "guest: done" if self.bench.real else "secret ")
         rightful = [(str(secret.guid), secret.in_the_guest) for secret in self.bench.owner.workloads[workload].secrets]
         assert sorted((secret.guid, secret.data) for secret in read_secrets(said)) == sorted(rightful)
+        assert not self.bench.real or f"guest: secrets from {self.bench.source}\n" in said, said
         sizes = " + ".join(str(len(data)) for _, data in rightful)
         cpus = re.search(r"guest: Linux \S+, (\d+) CPUs?", said)
         self.saw(f"read {sizes} bytes, as on file" + (f" ({cpus[1]} vCPU)" if cpus else ""))

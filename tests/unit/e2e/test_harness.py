@@ -37,7 +37,7 @@ def bench(tmp_path: Path) -> Bench:
     owner = Owner(site, CMDLINES)
     owner.write(passphrase=None, digest=bytes(32))
     guests = {name: Guest(name=name) for name in ("web", "second")}
-    return Bench(stack=Stack(site), owner=owner, guests=guests, real=True, footer=cast("Footer", None))
+    return Bench(stack=Stack(site), owner=owner, guests=guests, real=True, footer=cast("Footer", None), source="")
 
 
 def say_secret(bench: Bench, guest: str, workload: str) -> None:
