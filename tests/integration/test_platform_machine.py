@@ -5,153 +5,46 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
-import os
 import signal
 import socket
 import struct
 import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from uuid import UUID
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric import ec
 from sevsnpmeasure import guest as outside
 from sevsnpmeasure import vcpu_types
 from sevsnpmeasure.sev_mode import SevMode
 
 from common.sev.certs.sev import SevCertificate
-from common.sev.measurement import FirmwareVersion, MeasurementBlob, match
-from common.sev.policy import GuestPolicy
+from common.sev.measurement import MeasurementBlob
 from common.sev.report import AttestationReport
-from common.sev.secret import SecretEntry, build_table, seal_packet
-from common.sev.session import LaunchKeys, open_session
 from emulator.firmware_image import build_image
 from tests.support.platform import Platform, running_platform
 from tests.support.qmp import QmpClient, running_machine
+from tests.support.sev_host import (
+    GUID,
+    TEXT,
+    ask_device,
+    b64,
+    blob_of,
+    exported_pdh,
+    guests,
+    is_measured_as,
+    make_host,
+    packet_for,
+    wait_for_no_guest,
+)
 from tests.support.vectors import vectors
-
-FIRMWARE = FirmwareVersion(1, 55, 24)
-GUID = UUID("736869e5-84f0-4973-92ec-06879ce3da0b")
-TEXT = b"hello-from-the-owner"
 
 
 @pytest.fixture(scope="module")
 def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
     with running_platform(tmp_path_factory.mktemp("platform") / "p") as served:
         yield served
-
-
-@dataclass
-class Host:
-    """A folder with what a host has on disk, and the words that start a machine with it."""
-
-    folder: Path
-    platform: Platform
-    policy: int
-    keys: LaunchKeys
-
-    def words(self, *more: str, hashes: bool = True, own: tuple[str, ...] = (), paused: bool = True) -> list[str]:
-        sev = (
-            f"sev-guest,id=sev0,cbitpos=51,reduced-phys-bits=1,policy=0x{self.policy:x},"
-            f"dh-cert-file={self.folder / 'godh'},session-file={self.folder / 'session'}"
-        )
-        return [
-            *self.platform.machine(*own),
-            *("-nodefaults", "-machine", "q35,confidential-guest-support=sev0", "-m", "256"),
-            *("-object", sev + (",kernel-hashes=on" if hashes else "")),
-            *("-drive", f"if=pflash,format=raw,unit=0,readonly=on,file={self.folder / 'firmware'}"),
-            *("-qmp", f"unix:{self.qmp},server=on,wait=off", "-serial", f"file:{self.serial}"),
-            *(("-S",) if paused else ()),
-            *more,
-        ]
-
-    @property
-    def kernel(self) -> list[str]:
-        return ["-kernel", f"{self.folder}/kernel", "-initrd", f"{self.folder}/initrd", "-append", "quiet"]
-
-    @property
-    def qmp(self) -> Path:
-        return self.folder / "q"
-
-    @property
-    def serial(self) -> Path:
-        return self.folder / "serial"
-
-    def said(self, wanted: str) -> str:
-        """The serial line, once `wanted` is on it."""
-        deadline = time.monotonic() + 30
-        while wanted not in (text := self.serial.read_text()):
-            assert time.monotonic() < deadline, text
-        return text
-
-
-def make_host(folder: Path, platform: Platform, policy: int = 0xF, pdh: SevCertificate | None = None) -> Host:
-    keys = LaunchKeys.generate(os.urandom)
-    session = open_session(
-        pdh=pdh or exported_pdh(platform),
-        policy=GuestPolicy(value=policy),
-        keys=keys,
-        godh_key=ec.generate_private_key(ec.SECP384R1()),
-        nonce=os.urandom(16),
-        iv=os.urandom(16),
-    )
-    (folder / "godh").write_text(base64.b64encode(session.godh.raw).decode())
-    (folder / "session").write_text(base64.b64encode(session.blob).decode())
-    (folder / "firmware").write_bytes(build_image("a firmware"))
-    (folder / "kernel").write_bytes(b"a kernel" * 1000)
-    (folder / "initrd").write_bytes(b"an initrd" * 1000)
-    return Host(folder, platform, policy, keys)
-
-
-def _ask(platform: Platform, command: int, payload: bytes) -> bytes:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as device:
-        device.connect(str(platform.socket))
-        with device.makefile("rwb") as stream:
-            answer = b""
-            for number, content in ((0xFFFF0000, struct.pack("<I", 1)), (command, payload)):
-                stream.write(struct.pack("<II", number, len(content)) + content)
-                stream.flush()
-                code, _, length = struct.unpack("<iII", stream.read(12))
-                answer = stream.read(length)
-                assert code == 0
-            return answer
-
-
-def exported_pdh(platform: Platform) -> SevCertificate:
-    return SevCertificate.parse(_ask(platform, 5, struct.pack("<II", 2084, 6252))[8:2092])
-
-
-def guests(platform: Platform) -> int:
-    return int.from_bytes(_ask(platform, 1, b"")[8:], "little")
-
-
-def wait_for_no_guest(platform: Platform) -> None:
-    deadline = time.monotonic() + 30
-    while guests(platform):
-        assert time.monotonic() < deadline
-
-
-def b64(data: bytes) -> str:
-    return base64.b64encode(data).decode()
-
-
-def blob_of(client: QmpClient) -> MeasurementBlob:
-    return MeasurementBlob.parse(base64.b64decode(client.ask("query-sev-launch-measure")["data"]))
-
-
-def is_measured_as(host: Host, blob: MeasurementBlob, digest: bytes) -> bool:
-    policy = GuestPolicy(value=host.policy)
-    return match(tik=host.keys.tik, blob=blob, firmware=FIRMWARE, policy=policy, digests=[digest]) == 0
-
-
-def packet_for(host: Host, blob: MeasurementBlob, data: bytes = TEXT, area: int = 0xC00) -> dict[str, str]:
-    table = build_table([SecretEntry(guid=GUID, data=data)])
-    packet = seal_packet(keys=host.keys, table=table, measurement=blob.measurement, iv=os.urandom(16), area_size=area)
-    return {"packet_header": b64(packet.header), "secret": b64(packet.payload)}
 
 
 @pytest.mark.parametrize(
@@ -338,7 +231,7 @@ def test_capabilities_are_the_platforms(tmp_path: Path, platform: Platform) -> N
         capabilities = client.ask("query-sev-capabilities")
         assert base64.b64decode(capabilities["pdh"]) == exported_pdh(platform).raw
         assert len(base64.b64decode(capabilities["cert-chain"])) == 6252
-        assert base64.b64decode(capabilities["cpu0-id"]) == _ask(platform, 8, struct.pack("<I", 64))[4:]
+        assert base64.b64decode(capabilities["cpu0-id"]) == ask_device(platform, 8, struct.pack("<I", 64))[4:]
         assert (capabilities["cbitpos"], capabilities["reduced-phys-bits"]) == (51, 1)
 
 
@@ -466,7 +359,7 @@ def test_a_launch_that_the_firmware_refuses_ends_before_the_socket_opens(tmp_pat
 def test_a_session_for_another_pdh_is_a_bad_measurement(tmp_path: Path) -> None:
     with running_platform(tmp_path / "p") as platform:
         host = make_host(tmp_path, platform)
-        _ask(platform, 4, b"")
+        ask_device(platform, 4, b"")
         assert died(host.words()) == launch_start(11, "Bad measurement")
 
 
@@ -552,7 +445,9 @@ def test_machines_and_connections_that_come_and_go_leave_nothing_behind(tmp_path
     wait_for_no_guest(platform)
     host = make_host(tmp_path, platform)
     with running_machine(host.words(), host.qmp) as machine:
-        before = descriptors(machine.pid), descriptors(platform.process.pid)
+        with QmpClient(host.qmp) as client:
+            client.negotiate()  # from here on the machine has all that it opens
+            before = descriptors(machine.pid), descriptors(platform.process.pid)
         for number in range(500):
             with QmpClient(host.qmp) as client:
                 if number % 3:
@@ -572,8 +467,9 @@ def test_machines_and_connections_that_come_and_go_leave_nothing_behind(tmp_path
             while descriptors(platform.process.pid) > before[1] or guests(platform) > 1:
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
-        while descriptors(machine.pid) > before[0]:
-            assert time.monotonic() < deadline
+            while descriptors(machine.pid) > before[0]:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
     wait_for_no_guest(platform)
 
 

@@ -59,6 +59,10 @@ class Platform:
         """The words before QEMU's own arguments that run the stand-in machine on this platform."""
         return [*SEVATTEST, "platform", "qemu", "--builtin", "--state", str(self.state), *own_options]
 
+    def front(self, program: str, *own_options: str) -> list[str]:
+        """The words before QEMU's own arguments that run the real QEMU `program` on this platform."""
+        return [*SEVATTEST, "platform", "qemu", "--state", str(self.state), "--qemu", program, *own_options]
+
 
 @contextlib.contextmanager
 def running_platform(
