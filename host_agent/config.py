@@ -17,7 +17,7 @@ from common import config, wire
 from common.errors import InvalidInput, Reason
 from common.rpc.identity import Role
 from common.rpc.tls import ServerTls
-from host_agent.devices import DRIVERS
+from host_agent.devices import DEFAULT_PATH, DRIVERS
 from host_agent.hypervisors.arguments import check_definition
 from host_agent.hypervisors.base import GuestDefinition
 from host_agent.hypervisors.qemu import QemuSettings
@@ -58,13 +58,13 @@ class DeviceTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """`[device]`: the platform's SEV device.
 
     Attributes:
-        driver: how it is reached: `socket`, the software platform.
-        path: where it is.
+        driver: how it is reached: `dev_sev`, the kernel's device; `socket`, the software platform.
+        path: where it is; a socket has no default.
         timeout: seconds that one command may take.
     """
 
     driver: str
-    path: Path
+    path: Path = Path(DEFAULT_PATH)
     timeout: Seconds = 10.0
 
 
@@ -191,9 +191,10 @@ def load(path: Path, environ: Mapping[str, str]) -> AgentConfig:
     if loaded.device.driver not in DRIVERS:
         raise _bad(
             "device.driver",
-            f"this version has no driver {loaded.device.driver!r}; it has {', '.join(sorted(DRIVERS))}, "
-            "the software platform's socket",
+            f"this version has no driver {loaded.device.driver!r}; it has {', '.join(sorted(DRIVERS))}",
         )
+    if loaded.device.driver == "socket" and loaded.device.path == Path(DEFAULT_PATH):
+        raise _bad("device.path", f"{DEFAULT_PATH} is the kernel's device: the socket driver wants a platform's socket")
     loaded.definitions()
     return loaded
 

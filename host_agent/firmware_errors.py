@@ -21,10 +21,51 @@ _VERDICTS = {
 _FW_ERROR = re.compile(r"\bfw_error=(0x[0-9a-fA-F]{1,8}|\d{1,10})")
 _SENTENCE_MAX = 300
 
+# What a person at the host does about a status; the statuses' meanings: 55766 section 5.1 and AMD's published firmware.
+ADVICE: dict[Status, str] = {
+    Status.INVALID_PLATFORM_STATE: "the platform is not in a state for this: while guests exist its keys cannot be "
+    "replaced, and a reset wants it idle",
+    Status.INVALID_GUEST_STATE: "the guest's launch is not at this step; start the launch again",
+    Status.INVALID_CONFIG: "the platform's configuration does not allow this; see the BIOS settings for SEV",
+    Status.INVALID_LEN: "a buffer has another size than this firmware wants",
+    Status.ALREADY_OWNED: "the platform has an owner; `sevattest reset` gives it back, and makes new keys",
+    Status.INVALID_CERTIFICATE: "the certificate is not one that this platform takes: the PEK must be the one that "
+    "PEK_CSR gave, signed by the OCA, and the OCA by itself",
+    Status.POLICY_FAILURE: "the guest's policy is not allowed here: most often it asks for a newer firmware API",
+    Status.INACTIVE: "the guest has no key in the memory controller any more; start it again",
+    Status.INVALID_ADDRESS: "an address is not aligned, or is not memory that the firmware may use",
+    Status.BAD_SIGNATURE: "a signature does not verify with the key that it names",
+    Status.BAD_MEASUREMENT: "a MAC does not verify: most often the session was made for another PDH, so export the "
+    "platform's certificates again",
+    Status.ASID_OWNED: "the guest's ASID belongs to another guest",
+    Status.INVALID_ASID: "the ASID is out of range: SEV-ES guests need ASIDs of their own, a BIOS setting",
+    Status.WBINVD_REQUIRED: "the caches must be flushed first, which is the kernel's work: update the kernel",
+    Status.DFFLUSH_REQUIRED: "the data fabric must be flushed first, which is the kernel's work: update the kernel",
+    Status.INVALID_GUEST: "the firmware does not know this guest; it has ended, or the platform was shut down",
+    Status.INVALID_COMMAND: "this firmware does not know the command; a newer one may (linux-firmware, the BIOS)",
+    Status.ACTIVE: "the guest still runs; end it first",
+    Status.HWSEV_PLATFORM: "memory encryption is not enabled on every core: enable SME (SMEE) in the BIOS",
+    Status.HWSEV_UNSAFE: "the hardware reports a state that is not safe to go on in: reboot the host",
+    Status.UNSUPPORTED: "this platform does not have the feature, or it is off: SEV-ES is a BIOS and kernel setting",
+    Status.INVALID_PARAM: "a parameter is out of range for this firmware",
+    Status.RESOURCE_LIMIT: "the firmware has no room left: end guests, or reboot the host",
+    Status.SECURE_DATA_INVALID: "the firmware's stored keys are damaged: `sevattest reset` makes new ones",
+}
+
+
+def advice(code: int) -> str | None:
+    """What to do about a firmware status; None for one that has no name here."""
+    try:
+        return ADVICE.get(Status(code))
+    except ValueError:
+        return None
+
 
 def firmware_failure(code: int, sentence: str) -> SevattestError:
-    """The error for firmware status `code`, which `sentence` tells of."""
+    """The error for firmware status `code`, which `sentence` tells of; its advice is the field `hint`."""
     fields = {"fw_error": str(code)}
+    if hint := advice(code):
+        fields["hint"] = hint
     message = f"the firmware answered {status_name(code)}: {sentence}"
     if code in _VERDICTS:
         return Refused(_VERDICTS[Status(code)], message, **fields)

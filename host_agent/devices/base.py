@@ -1,6 +1,7 @@
-"""What the agent asks of the platform's SEV device, whichever driver reaches it.
+"""What is asked of the platform's SEV device, whichever driver reaches it.
 
-The drivers: `socket.py` (the software platform). The `/dev/sev` ioctl driver takes its place beside it.
+Split by power: `Device` reads, and is all that the agent has; `Administration` changes the platform, and is for the
+person at the host. The drivers: `dev_sev.py` (/dev/sev) and `socket.py` (the software platform).
 """
 
 from __future__ import annotations
@@ -65,5 +66,37 @@ class Device(Protocol):
         ...
 
     async def chip_id(self) -> bytes:
-        """The chip's id by GET_ID2: 64 bytes, or none where the platform does not have the command."""
+        """The chip's id, 64 bytes (GET_ID2, else GET_ID), or none where the platform has neither command."""
         ...
+
+
+class Administration(Protocol):
+    """The half of /dev/sev that changes the platform; the device is opened for writing.
+
+    Every method raises as those of `Device` do, and `OutcomeUnknown` where the command was sent and no answer came: the
+    platform may have changed. Sessions that were made for the PDH before are good for nothing after any but `pek_csr`.
+    """
+
+    async def factory_reset(self) -> None:
+        """FACTORY_RESET: forgets owner and keys; new ones are made when they are needed. Not while guests exist."""
+        ...
+
+    async def pek_gen(self) -> None:
+        """PEK_GEN: new OCA, PEK and PDH; the platform owns itself again. Not while guests exist."""
+        ...
+
+    async def pdh_gen(self) -> None:
+        """PDH_GEN: a new PDH, signed by the same PEK."""
+        ...
+
+    async def pek_csr(self) -> bytes:
+        """PEK_CSR: the PEK without signatures, 2084 bytes, for an owner to sign; the kernel wants write access."""
+        ...
+
+    async def pek_cert_import(self, pek: bytes, oca: bytes) -> None:
+        """PEK_CERT_IMPORT: the PEK of `pek_csr` with the owner's signature, and the owner's OCA, 2084 bytes each."""
+        ...
+
+
+class AdministeredDevice(Device, Administration, Protocol):
+    """Both halves."""

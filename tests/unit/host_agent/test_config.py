@@ -59,6 +59,13 @@ def test_a_small_configuration_has_safe_defaults(folder: Path) -> None:
     assert config.server_tls().role is Role.AGENT
 
 
+def test_the_kernels_device_is_where_the_kernel_puts_it_and_a_socket_has_no_such_place(folder: Path) -> None:
+    kernel = MINIMAL.replace('driver = "socket"\npath = "sev.sock"', 'driver = "dev_sev"')
+    assert read(folder, kernel).device.path == Path("/dev/sev")
+    with pytest.raises(InvalidInput, match=r"device\.path: /dev/sev is the kernel's device"):
+        read(folder, MINIMAL.replace('path = "sev.sock"\n', ""))
+
+
 def test_a_guest_is_defined_by_program_firmware_and_arguments(folder: Path) -> None:
     guest = read(folder, MINIMAL + GUEST).definitions()["web"]
     assert guest.program == ("/bin/true", "--own")

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from common.errors import InvalidInput, PlatformFailed, Reason, Refused, SevattestError, Unavailable
 from common.sev.abi import NO_FIRMWARE_CALL, DeviceCommand, PlatformState, Status
 from host_agent.devices import open_device
+from host_agent.devices.dev_sev import DevSevDevice
 from host_agent.devices.socket import SocketDevice
 from tests.support.agent import open_descriptors
 
@@ -34,6 +35,7 @@ GOOD: dict[int, bytes] = {
     DeviceCommand.PLATFORM_STATUS: reply(STATUS),
     DeviceCommand.PDH_CERT_EXPORT: reply(struct.pack("<II", 2084, 6252) + PDH + CHAIN),
     DeviceCommand.GET_ID2: reply(struct.pack("<I", 64) + CHIP),
+    DeviceCommand.GET_ID: reply(CHIP + bytes(64)),
 }
 
 
@@ -120,11 +122,20 @@ async def test_the_chips_id_is_read(tmp_path: Path) -> None:
         reply(number=errno.ENOTTY, fw_error=NO_FIRMWARE_CALL),
         reply(number=errno.EIO, fw_error=Status.UNSUPPORTED),
         reply(number=errno.EIO, fw_error=Status.INVALID_COMMAND),
+        reply(number=524, fw_error=NO_FIRMWARE_CALL),
     ],
 )
-async def test_a_platform_without_get_id2_has_no_chip_id(tmp_path: Path, answer: bytes) -> None:
+async def test_a_platform_without_get_id2_is_asked_the_old_way_and_one_without_either_has_no_chip_id(
+    tmp_path: Path, answer: bytes
+) -> None:
     async with device(tmp_path, {DeviceCommand.GET_ID2: answer}) as (sev, _):
+        assert await sev.chip_id() == CHIP
+    async with device(tmp_path, {DeviceCommand.GET_ID2: answer, DeviceCommand.GET_ID: answer}) as (sev, _):
         assert await sev.chip_id() == b""
+    for wrong in (b"", CHIP):
+        async with device(tmp_path, {DeviceCommand.GET_ID2: answer, DeviceCommand.GET_ID: reply(wrong)}) as (sev, _):
+            with pytest.raises(PlatformFailed, match="makes no sense"):
+                await sev.chip_id()
 
 
 async def test_every_command_is_asked_read_only_first(tmp_path: Path) -> None:
@@ -256,7 +267,8 @@ async def test_no_connection_is_left_open(tmp_path: Path) -> None:
 
 def test_only_drivers_that_are_there_can_be_named(tmp_path: Path) -> None:
     assert isinstance(open_device("socket", tmp_path / "sev.sock", timeout=1), SocketDevice)
-    for driver in ("ioctl", "dev_sev", ""):
+    assert isinstance(open_device("dev_sev", tmp_path / "sev", timeout=1), DevSevDevice)
+    for driver in ("ioctl", "/dev/sev", ""):
         with pytest.raises(InvalidInput, match="this version has no driver") as refusal:
             open_device(driver, tmp_path, timeout=1)
         assert refusal.value.reason is Reason.INVALID_CONFIGURATION
