@@ -1,4 +1,4 @@
-"""`sevattest platform serve|qemu|firmware|show`: arguments in, exit codes out. The rest is imported when it runs."""
+"""`sevattest platform serve|qemu|run|firmware|show`: arguments in, exit codes out. All else is imported when needed."""
 
 from __future__ import annotations
 
@@ -19,9 +19,12 @@ _VMSA_FLAVOURS = ("legacy", "legacy+debug-swap", "init2", "init2+debug-swap", "i
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the four subcommands to `parser`."""
+    """Add the five subcommands to `parser`."""
     commands = parser.add_subparsers(
-        dest="action", metavar="serve|qemu|firmware|show", required=True, parser_class=_leaving_the_rest(type(parser))
+        dest="action",
+        metavar="serve|qemu|run|firmware|show",
+        required=True,
+        parser_class=_leaving_the_rest(type(parser)),
     )
     serve = commands.add_parser("serve", help="serve a software SEV platform on DIR/sev.sock")
     _add_state(serve)
@@ -46,6 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     qemu.usage = "%(prog)s --state DIR [--qemu PROGRAM | --builtin] [--vmsa FLAVOUR] QEMU'S-ARGUMENTS …"
     qemu.set_defaults(arguments=[])
+    program = commands.add_parser("run", help="an unmodified program with /dev/sev and KVM's SEV commands")
+    _add_state(program)
+    program.add_argument("--vmsa", choices=_VMSA_FLAVOURS, default="legacy", help="as for qemu (default: legacy)")
+    program.usage = "%(prog)s --state DIR [--vmsa FLAVOUR] -- PROGRAM ARGUMENTS …"
+    program.set_defaults(arguments=[])
     firmware = commands.add_parser("firmware", help="write a firmware image with the footer of an AmdSev build")
     firmware.add_argument("file", metavar="FILE", type=Path, help="the file to write")
     firmware.add_argument("--label", metavar="TEXT", required=True, help="what its content follows from")
@@ -60,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
         return _serve(args)
     if args.action == "qemu":
         return _qemu(args)
+    if args.action == "run":
+        return _run(args)
     if args.action == "firmware":
         from emulator.firmware_image import write_image
 
@@ -103,6 +113,18 @@ def _qemu(args: argparse.Namespace) -> int:
     from emulator.front.machine import run_front
 
     return run_front(args.arguments, state=args.state, program=program, flavour=args.vmsa)
+
+
+def _run(args: argparse.Namespace) -> int:
+    words = args.arguments[1:] if args.arguments[:1] == ["--"] else args.arguments
+    if not words:
+        raise InvalidInput(Reason.INVALID_ARGUMENT, "which program?", hint="sevattest platform run --help")
+    program = shutil.which(words[0])
+    if program is None:
+        raise InvalidInput(Reason.INVALID_ARGUMENT, f"there is no program {words[0]}")
+    from emulator.intercept.supervisor import run as run_under
+
+    return run_under(program, words, state=args.state, flavour=args.vmsa)
 
 
 def _show(args: argparse.Namespace) -> int:
