@@ -23,16 +23,17 @@ class NotMapped(Exception):
 class GuestMemory:
     """RAM of `size` bytes and one read-only image below 4 GiB; raises MachineDied when there is not so much.
 
-    With `shared`, a descriptor of as large a file, the RAM is that of whoever else maps it.
+    With `shared`, a descriptor of as large a file, the RAM is that of whoever else maps it. `low` is how much of it is
+    below 4 GiB, where that is not as above.
     """
 
-    def __init__(self, size: int, image: bytes = b"", *, shared: int = -1) -> None:
+    def __init__(self, size: int, image: bytes = b"", *, shared: int = -1, low: int | None = None) -> None:
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE if shared < 0 else mmap.MAP_SHARED
         try:
             self._ram = mmap.mmap(shared, size, flags=flags)
         except (OSError, OverflowError) as error:
             raise MachineDied("cannot set up guest memory 'pc.ram': Cannot allocate memory") from error
-        self._low = min(size, _LOW_WHEN_MORE) if size >= _LOW_MAX else size
+        self._low = min(size, low if low is not None else _LOW_WHEN_MORE if size >= _LOW_MAX else size)
         self._high = size - self._low
         self._image = image
 

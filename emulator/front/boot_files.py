@@ -37,19 +37,20 @@ _HEADER_END = 0x238
 _REAL_ADDRESS, _CMDLINE_ADDRESS = 0x10000, 0x20000
 _ACPI_SIZE = 0x28000  # bytes that QEMU's PC keeps for ACPI tables at the end of low memory
 _PAGE = 4096
-_LOW_RAM_ALL, _LOW_RAM_SPLIT = 0xB0000000, 0x80000000  # pc-q35: where RAM below 4 GiB ends
-_VGA = re.compile(rb"vga=(normal|ext|ask|0[xX][0-9a-fA-F]+|[0-9]+)")
+# The first `vga=` counts, even within a word; a number is C's and ends the word, or QEMU ends.
+_VGA = re.compile(rb"vga=(normal|ext|ask|(?:0[xX]([0-9a-fA-F]+)|(0[0-7]*)|([1-9][0-9]*))(?=[ \0]|$))")
+_UNSIGNED_MAX, _UNSIGNED_DIGITS = 0xFFFFFFFF, 11  # C's unsigned int, in octal at its longest
 _VIDEO_MODES = {b"normal": 0xFFFF, b"ext": 0xFFFE, b"ask": 0xFFFD}
 
 
-def shown_to_firmware(kernel: bytes, *, initrd: int | None, append: bytes, ram: int) -> bytes:
+def shown_to_firmware(kernel: bytes, *, initrd: int | None, append: bytes, low_ram: int) -> bytes:
     """The kernel with the header that QEMU writes.
 
     Args:
         kernel: the file.
         initrd: bytes of the initial RAM disk; None without one.
         append: the command line.
-        ram: bytes of the machine's RAM.
+        low_ram: bytes of the machine's RAM below 4 GiB.
 
     Returns:
         As many bytes. A kernel whose boot protocol is older than 2.02 (1999), or that is none, is returned as it is:
@@ -62,14 +63,13 @@ def shown_to_firmware(kernel: bytes, *, initrd: int | None, append: bytes, ram: 
         return kernel
     header = bytearray(kernel[:_HEADER_END])
     struct.pack_into("<I", header, _CMDLINE_AT, _CMDLINE_ADDRESS)
-    if mode := _VGA.search(append):
-        number = _VIDEO_MODES.get(mode[1])
-        struct.pack_into("<H", header, _VIDEO_MODE_AT, (int(mode[1], 0) if number is None else number) & 0xFFFF)
+    if (mode := _video_mode(append)) is not None:
+        struct.pack_into("<H", header, _VIDEO_MODE_AT, mode)
     header[_LOADER_AT] = _LOADER
     header[_FLAGS_AT] |= _CAN_USE_HEAP
     struct.pack_into("<H", header, _HEAP_END_AT, _CMDLINE_ADDRESS - _REAL_ADDRESS - 0x200)
     if initrd is not None:
-        highest = min(_initrd_max(kernel, version), _low_ram(ram) - _ACPI_SIZE - 1)
+        highest = min(_initrd_max(kernel, version), low_ram - _ACPI_SIZE - 1)
         struct.pack_into("<II", header, _INITRD_AT, (highest - initrd) & ~(_PAGE - 1) & 0xFFFFFFFF, initrd)
     return bytes(header) + kernel[_HEADER_END:]
 
@@ -89,7 +89,7 @@ class BootFiles:
     kernel: bytes
 
     @classmethod
-    def read(cls, kernel: Path, initrd: Path | None, append: str | None, *, ram: int) -> BootFiles:
+    def read(cls, kernel: Path, initrd: Path | None, append: str | None, *, low_ram: int) -> BootFiles:
         """Read and hash the files.
 
         Raises:
@@ -103,7 +103,7 @@ class BootFiles:
         except OSError as error:
             raise MachineDied(f"could not open '{error.filename}': {error.strerror}") from error
         # The kernel is hashed again: what is measured and what is shown must come of the same bytes.
-        copy = shown_to_firmware(data, initrd=size, append=line or b"", ram=ram)
+        copy = shown_to_firmware(data, initrd=size, append=line or b"", low_ram=low_ram)
         return cls(
             measured=replace(hashes, kernel=sha256(data).digest()),
             shown=replace(hashes, kernel=sha256(copy).digest()),
@@ -120,5 +120,18 @@ def _initrd_max(kernel: bytes, version: int) -> int:
     return 0x37FFFFFF
 
 
-def _low_ram(ram: int) -> int:
-    return ram if ram < _LOW_RAM_ALL else _LOW_RAM_SPLIT
+def _video_mode(append: bytes) -> int | None:
+    """The video mode that QEMU reads in the command line; None for none, or one that it ends at."""
+    mode = _VGA.match(append, max(append.find(b"vga="), 0))
+    if mode is None:
+        return None
+    if mode[1] in _VIDEO_MODES:
+        return _VIDEO_MODES[mode[1]]
+    digits = next((digits, base) for digits, base in zip(mode.groups()[1:], (16, 8, 10), strict=True) if digits)
+    return _unsigned(*digits)
+
+
+def _unsigned(digits: bytes, base: int) -> int | None:
+    digits = digits.lstrip(b"0") or b"0"
+    value = int(digits, base) if len(digits) <= _UNSIGNED_DIGITS else _UNSIGNED_MAX + 1
+    return value & 0xFFFF if value <= _UNSIGNED_MAX else None

@@ -50,8 +50,11 @@ class Plan:
         sev: the sev-guest object that the machine uses.
         words: for the real QEMU; RAM_FD in them stands for the descriptor of guest RAM.
         monitors: the control monitors.
+        machine: the machine type; empty where the line names none.
         ram: bytes of RAM that start at guest physical address 0.
         ram_named: whether `words` name that RAM already.
+        total_ram: bytes of all RAM; more than `ram` where there are several NUMA nodes.
+        low_ram_limit: `max-ram-below-4g`, where it is given.
         kernel: -kernel.
         initrd: -initrd.
         append: -append.
@@ -64,8 +67,11 @@ class Plan:
     sev: SevGuest
     words: tuple[str, ...] = ()
     monitors: tuple[ChannelSpec, ...] = ()
+    machine: str = ""
     ram: int = DEFAULT_RAM
     ram_named: bool = False
+    total_ram: int = 0
+    low_ram_limit: int | None = None
     kernel: Path | None = None
     initrd: Path | None = None
     append: str | None = None
@@ -245,6 +251,7 @@ class _Writer:
             rule = self._rules.get(option.name)
             self._plan.words += rule(option) if rule else option.given
         self._plan.monitors = tuple(self._monitors)
+        self._plan.total_ram = self._plan.total_ram or self._plan.ram
         return self._plan
 
     def _note(self, name: str, value: str) -> None:
@@ -278,16 +285,21 @@ class _Writer:
         for key, text in pairs(option.value, "type"):
             if key in {"kernel", "initrd", "append"}:
                 self._note(key, text)
+            if key == "max-ram-below-4g":
+                self._plan.low_ram_limit = memory_size(text, "b")
             if key == "type":
-                kept.append((key, _PVE_MACHINE.sub("", text)))
+                self._plan.machine = _PVE_MACHINE.sub("", text)
+                kept.append((key, self._plan.machine))
             elif key not in _LINKS | {"accel", "kernel"}:
                 kept.append((key, text))
         return _machine(kept)
 
     def _memory(self, option: _Option) -> tuple[str, ...]:
         size = memory_size(dict(pairs(option.value, "size")).get("size", ""), "m")
-        if size and not self._plan.ram_named:
-            self._plan.ram = size
+        if size:
+            self._plan.total_ram = size
+            if not self._plan.ram_named:
+                self._plan.ram = size
         return option.given
 
     def _object(self, option: _Option) -> tuple[str, ...]:

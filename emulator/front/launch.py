@@ -13,7 +13,6 @@ from typing import Any
 
 from emulator import vmsa
 from emulator.capabilities import read_capabilities
-from emulator.cpu_models import DEFAULT_MODEL
 from emulator.errors import CommandError, MachineDied
 from emulator.footer import Footer
 from emulator.front.boot_files import BootFiles
@@ -164,16 +163,15 @@ class GuestLaunch:
 
     async def _save_areas(self, control: Control, footer: Footer) -> list[bytes]:
         reset_address = footer.reset_address or 0
-        name, flags = self._plan.cpu[0] if self._plan.cpu else DEFAULT_MODEL, self._plan.cpu[1:]
-        expanded = await control.execute("query-cpu-model-expansion", type="full", model={"name": name})
-        props = {**expanded["model"]["props"], **dict(flag.partition("=")[::2] for flag in flags)}
-        try:
-            family, model, stepping = (int(str(props[key]), 0) for key in ("family", "model", "stepping"))
-        except ValueError as error:
-            raise MachineDied("-cpu: Parameter 'family', 'model' or 'stepping' expects a number") from error
+        processors = await control.execute("query-cpus-fast")
+        # As it was made: what a model is called, or what the line says beside it, need not be all of it.
+        boot = processors[0]["qom-path"]
+        family, model, stepping = [
+            await control.execute("qom-get", path=boot, property=name) for name in ("family", "model", "stepping")
+        ]
         pages = list(
             vmsa.save_areas(
-                vcpus=len(await control.execute("query-cpus-fast")),
+                vcpus=len(processors),
                 cpu_signature=vmsa.signature(family, model, stepping),
                 reset_address=reset_address,
                 flavour=self._flavour,

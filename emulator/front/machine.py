@@ -17,6 +17,7 @@ from emulator.front.boot_files import BootFiles
 from emulator.front.channel_spec import ChannelSpec, Kind
 from emulator.front.command_line import RAM_FD, LeftToQemu, Plan, ram_object, read
 from emulator.front.launch import GuestLaunch
+from emulator.front.layout import low_ram
 from emulator.front.monitors import Monitors
 from emulator.front.real_qemu import Control, Door, RealQemu, become
 from emulator.guest_memory import GuestMemory
@@ -77,11 +78,12 @@ class _Front:
     async def _run(self, ready: Callable[[], None], resources: contextlib.ExitStack) -> int:
         plan = self.plan
         processor = _processor(self.platform)
-        size = -(-plan.ram // _RAM_ALIGN) * _RAM_ALIGN
-        boot = BootFiles.read(plan.kernel, plan.initrd, plan.append, ram=size) if plan.kernel else None
+        size, total = (-(-ram // _RAM_ALIGN) * _RAM_ALIGN for ram in (plan.ram, plan.total_ram))
+        low = low_ram(total, plan.machine, plan.low_ram_limit)
+        boot = BootFiles.read(plan.kernel, plan.initrd, plan.append, low_ram=low) if plan.kernel else None
         ram, scratch = _memfd("ram", resources), _memfd("scratch", resources)
         os.ftruncate(ram, size)
-        memory = GuestMemory(size, shared=ram)
+        memory = GuestMemory(size, shared=ram, low=low)
         resources.callback(memory.close)
         launch = GuestLaunch(
             plan, platform=self.platform, processor=processor, flavour=self.flavour, memory=memory, boot=boot

@@ -60,7 +60,7 @@ def small_kernel(
     forgotten shows.
     """
     setup_sectors, size = 3, 64 << 10
-    image = bytearray(Random(f"kernel {label}").randbytes(size))  # noqa: S311 -- not a secret
+    image = bytearray(Random("a kernel").randbytes(size))  # noqa: S311 -- not a secret
     image[0x1F1] = setup_sectors
     struct.pack_into("<I", image, 0x1F4, (size - (setup_sectors + 1) * 512) // 16)  # syssize
     struct.pack_into("<H", image, 0x1FA, 0xFFFF)  # vid_mode
