@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     if args.oca is not None:
         container = container.having(_read_oca(args.oca))
     chain = _platform(container, args.sev)
-    roots = _candidates(container, _read_root(args.ca) if args.ca is not None else None)
+    roots = _candidates(container, read_root(args.ca) if args.ca is not None else None)
     links = check_links(chain, roots)
     failure: SevattestError | None = None
     if args.kds is not None and not links.good(ASK_CEK):
@@ -70,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
         except (NotFound, Refused, Unavailable) as error:
             failure = error  # what is at hand is shown all the same
     failure = failure or links.first_failure or _foreign_ca(container, links)
-    _show(links, failure, as_json=args.json)
+    if not args.quiet:
+        _show(links, failure, as_json=args.json)
     return 0 if failure is None else exit_code(failure)
 
 
@@ -172,7 +173,13 @@ def _read_oca(path: Path) -> SevCertificate:
     return oca
 
 
-def _read_root(path: Path) -> Root:
+def read_root(path: Path) -> Root:
+    """The root that a person names by its ASK‖ARK, with a warning on stderr where it is not AMD's.
+
+    Raises:
+        ParseError: the file does not hold an ASK and an ARK.
+        Refused: they do not hold together, or one is AMD's and the other is not.
+    """
     ca = _read(path).ca
     if ca is None:
         raise ParseError(f"{path} does not hold an ASK and an ARK")

@@ -10,7 +10,8 @@ Layout (AMD document 55766, certificate format; confirmed on real chains), integ
 
 A signature covers bytes 0 to 1043. The parser is strict, so that one key has one encoding and one fingerprint, and no
 byte of a certificate is free to change: coordinates below the field's prime (the library below reduces them silently),
-zero where padding is due, signature scalars in range, and only the usages and algorithms that AMD's firmware makes.
+zero where padding is due (but in an OCA, whose own signature covers it), signature scalars in range, and only the
+usages and algorithms that AMD's firmware makes.
 """
 
 from __future__ import annotations
@@ -60,6 +61,9 @@ _SIGNERS = frozenset(
 _EMPTY = (Usage.NONE, Algo.NONE)
 # AMD's key service wrote this into the second slot of some CEKs in 2019 (AMDESE/AMDSEV issue 18).
 _MISWRITTEN_EMPTY_USAGE = 0x0010
+# `sevctl generate` (0.6.2) leaves what was in its memory there, and platforms in use have such an OCA. Its signature
+# covers the padding, and only the OCA's own key could make another.
+_PADDED_OCA = "the padding of the OCA key is not zero, as sevctl leaves it"
 
 
 class Signer(Protocol):
@@ -144,8 +148,11 @@ class SevCertificate:
         kind = _kind(usage, algo)
         if curve != CURVE_P384:
             raise ParseError(f"{kind.name} is on curve {curve}, not on P-384")
+        warnings: tuple[str, ...] = ()
         if any(data[_HEAD.size : SEV_CERT_BODY_SIZE]):
-            raise ParseError(f"the padding of the {kind.name} key is not zero")
+            if kind is not Usage.OCA:
+                raise ParseError(f"the padding of the {kind.name} key is not zero")
+            warnings = (_PADDED_OCA,)
         public_key = _point(kind, int.from_bytes(x, "little"), int.from_bytes(y, "little"))
         first, second = (_parse_slot(kind, data, number) for number in (1, 2))
         return cls(
@@ -157,7 +164,7 @@ class SevCertificate:
             algo=KEY_ALGO[kind],
             public_key=public_key,
             slots=(first[0], second[0]),
-            warnings=first[1] + second[1],
+            warnings=warnings + first[1] + second[1],
         )
 
     @property

@@ -137,6 +137,19 @@ def test_a_field_out_of_order_is_refused(at: int, new: bytes, sentence: str) -> 
         SevCertificate.parse(with_bytes(cert, at, new))
 
 
+def test_the_padding_of_an_oca_is_its_signatures_business() -> None:
+    # As `sevctl generate` 0.6.2 writes it: bytes of its memory in the padding, and then the signature.
+    key = p384()
+    clean = bare(Usage.OCA, key)
+    padded = sign(SevCertificate.parse(with_bytes(clean, PADDING + 4, b"\x40\x09\x82")), Usage.OCA, key)
+    assert padded.warnings == ("the padding of the OCA key is not zero, as sevctl leaves it",)
+    verify_signature(padded, padded)
+    changed = SevCertificate.parse(with_bytes(padded, PADDING + 4, b"\x41"))
+    with pytest.raises(BadSignature):
+        verify_signature(changed, changed)
+    assert sign(clean, Usage.OCA, key).warnings == ()
+
+
 def test_one_key_has_one_encoding() -> None:
     # x+p fits the 72-byte field, and the library would reduce it: the same key under another fingerprint.
     numbers = p384().public_key().public_numbers()
