@@ -45,6 +45,7 @@ class Parts:
         kernel: a kernel.
         initrds: by version, an initramfs each that reads secrets and says so on the serial line.
         qemu: the real QEMU; None for the stand-in machine.
+        newer: another one, whose QMP has the shape of 9.1 and newer, if there is one.
         disk: a disk that only the passphrase opens, if there is one.
         passphrase: what opens it.
         foreign: the distribution's own OVMF, if there is one.
@@ -55,6 +56,7 @@ class Parts:
     kernel: Path
     initrds: dict[str, bytes]
     qemu: Path | None
+    newer: Path | None = None
     disk: Path | None = None
     passphrase: bytes | None = None
     foreign: Path | None = None
@@ -175,6 +177,7 @@ def _prepare(stack: Stack, parts: Parts) -> Bench:
         cmdlines=CMDLINES,
         builtin=parts.qemu is None,
         qemu=parts.qemu or Path("/nonexistent"),
+        newer=parts.newer,
         disk=parts.disk,
         foreign=parts.foreign,
     )

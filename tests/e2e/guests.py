@@ -40,6 +40,7 @@ class Guest:
         edits: what the host changes behind its agent's back.
         below: what the host changes behind the measurement.
         liar: whether the host drops the session, lowers the policy and lies about it.
+        newer: whether the newer of two QEMUs runs it.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Guest:
     edits: tuple[str, ...] = ()
     below: tuple[str, ...] = ()
     liar: bool = False
+    newer: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +66,7 @@ class Machines:
         cmdlines: command lines by version.
         builtin: whether the stand-in machine takes the place of the real QEMU.
         qemu: the real QEMU.
+        newer: another one, whose QMP has the shape of 9.1 and newer, if there is one.
         disk: the guest's disk, if there is one.
         foreign: the distribution's own OVMF, which is no AmdSev build.
     """
@@ -72,6 +75,7 @@ class Machines:
     cmdlines: dict[str, str]
     builtin: bool
     qemu: Path
+    newer: Path | None
     disk: Path | None
     foreign: Path | None
 
@@ -84,6 +88,8 @@ class Machines:
             for vcpus in VCPUS:
                 yield Guest(name=es(vcpus, cpu), vcpus=vcpus, cpu=cpu)
         yield Guest(name="es-2-EPYC-Rome", vcpus=2)
+        if self.newer is not None:
+            yield Guest(name="newer", vcpus=4, cpu=MILAN, newer=True)
         yield Guest(name="other", firmware=OTHER, kernel=OTHER, initrd=OTHER, cmdline=OTHER)
         yield Guest(name="firmware-only", kernel=None)
         if self.disk is not None:
@@ -130,6 +136,8 @@ class Machines:
 
     def _below(self, guest: Guest) -> Path:
         """The real QEMU, or a script in its place that edits its words."""
+        if guest.newer and self.newer is not None:
+            return self.newer
         if not guest.below:
             return self.qemu
         words = [sys.executable, "-I", dishonest.__file__, *guest.below, "--", str(self.qemu)]

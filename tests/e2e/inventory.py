@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from common.errors import InvalidInput
 from emulator.firmware_image import build_image
 from orchestrator.demo.artefacts import CURRENT
 from orchestrator.demo.guest.initramfs import build
-from orchestrator.demo.guest.parts import GuestParts, find_parts, is_amdsev
+from orchestrator.demo.guest.parts import QEMU, GuestParts, find_parts, is_amdsev
 from tests.e2e.bench import Parts
 from tests.e2e.luks import make_volume
 from tests.e2e.workloads import OTHER, WITH_DISK
@@ -42,7 +43,9 @@ def gathered(config: pytest.Config, folder: Path) -> Parts:
         return _stand_ins(folder, foreign)
     try:
         parts = find_parts(made, qemu=config.getoption("--qemu"), firmware=config.getoption("--ovmf"))
-        return _real(parts, folder, foreign, efi_secret=config.getoption("--efi-secret"))
+        newer = made / "qemu" / "usr" / "bin" / QEMU
+        real = _real(parts, folder, foreign, efi_secret=config.getoption("--efi-secret"))
+        return replace(real, newer=newer if newer.is_file() else None)
     except InvalidInput as error:
         raise Missing(error.message) from error
 

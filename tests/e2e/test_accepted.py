@@ -11,7 +11,7 @@ from orchestrator.flow import Step
 from tests.e2e.conftest import accepted
 from tests.e2e.inventory import DISK_CONTENT
 from tests.e2e.scene import Scene
-from tests.e2e.workloads import CPUS, DISK, FIRMWARE_ONLY, PLAIN, ROME, SEVERAL, VCPUS, es
+from tests.e2e.workloads import CPUS, DISK, FIRMWARE_ONLY, MILAN, PLAIN, ROME, SEVERAL, VCPUS, es
 from tests.support.stack import Crash
 
 
@@ -29,6 +29,20 @@ async def test_an_es_guest_of_the_expected_shape_reads_its_secret(scene: Scene, 
     assert scene.receipt(outcome)["shape"] == {"vcpus": vcpus, "cpu": cpu, "flavour": "legacy"}
     if scene.bench.real:
         assert f", {vcpus} CPU" in said
+
+
+@accepted("SEV-ES on a QEMU of 9.1 or newer")
+async def test_a_guest_of_a_newer_qemu_is_attested_alike(scene: Scene) -> None:
+    if "newer" not in scene.bench.guests:
+        pytest.skip("no second QEMU among the guest's parts: the machine's own is 9.1 or newer, or none could be had")
+    outcome = await scene.launch("newer", es(4, MILAN))
+    await scene.reads(outcome)
+    assert outcome.session is not None
+    with scene.monitor(outcome.session.launch_id) as machine:
+        version = machine.ask("query-version")["qemu"]
+        assert (version["major"], version["minor"]) >= (9, 1)
+        assert machine.ask("query-sev")["sev-type"] == "sev"
+    scene.saw(f"QEMU {version['major']}.{version['minor']}")
 
 
 @accepted("SEV, one vCPU more, another CPU model: not measured")
