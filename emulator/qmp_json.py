@@ -32,6 +32,14 @@ _LETTERS = re.compile(rb"[a-z]*+")
 _NUMBER = re.compile(rb"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
 _NUMBER_START = re.compile(rb"-?(?:0|[1-9][0-9]*)?(?:(?<=[0-9])\.[0-9]*)?(?:(?<=[0-9])[eE][+-]?[0-9]*)?")
 _RESUME = re.compile(rb"[\x00-\x08\x0a-\x1f\[\]{}:,\xfe\xff]")
+_ESCAPE = re.compile(
+    r"\\(?:u([dD][89abAB][0-9A-Fa-f]{2})\\u([dD][c-fC-F][0-9A-Fa-f]{2})|u([0-9A-Fa-f]{4})|(.))", re.DOTALL
+)
+_NO_CHARACTER = re.compile(
+    "[\ud800-\udfff\ufdd0-\ufdef"
+    + "".join(chr(plane << 16 | low) for plane in range(17) for low in (0xFFFE, 0xFFFF))
+    + "]"
+)
 _ESCAPES = {'"': '"', "'": "'", "\\": "\\", "/": "/", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
 _KEYWORDS = {b"true": True, b"false": False, b"null": None}
 
@@ -286,31 +294,30 @@ def _number(text: bytes) -> int | float:
 
 def _string(raw: bytes) -> str:
     try:
-        text = raw.decode("utf-8")
+        # A NUL is two bytes here, as in Java: QEMU's strings are C's.
+        text = raw.replace(b"\xc0\x80", b"\0").decode("utf-8")
     except UnicodeDecodeError:
         raise QmpSyntaxError("invalid UTF-8 sequence in string") from None
-    if "\\" not in text:
-        return text
-    out = re.sub(r"\\(u[0-9A-Fa-f]{4}|.)", _unescape, text, flags=re.DOTALL)
-    # Two escapes may be the halves of one character.
-    try:
-        return out.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
-    except UnicodeDecodeError:
-        raise QmpSyntaxError("invalid UTF-8 sequence in string") from None
+    if _NO_CHARACTER.search(text):
+        raise QmpSyntaxError("invalid UTF-8 sequence in string")
+    return _ESCAPE.sub(_unescape, text)
 
 
 def _unescape(found: re.Match[str]) -> str:
-    code = found[1]
-    if len(code) == 5 and code != "u0000":
-        return chr(int(code[1:], 16))
-    if code in _ESCAPES:
-        return _ESCAPES[code]
-    raise QmpSyntaxError(f"invalid escape sequence '{found[0]}'")
+    high, low, code, simple = found.groups()
+    if simple is not None:
+        if simple not in _ESCAPES:
+            raise QmpSyntaxError(f"invalid escape sequence '{found[0]}'")
+        return _ESCAPES[simple]
+    number = int(code, 16) if code else 0x10000 + ((int(high, 16) & 0x3FF) << 10 | int(low, 16) & 0x3FF)
+    if _NO_CHARACTER.match(chr(number)):
+        raise QmpSyntaxError(f"{found[0]} is not a valid Unicode character")
+    return chr(number)
 
 
-def dump(message: object) -> bytes:
-    r"""One reply or event as QEMU writes it: ASCII, upper-case escapes, `\r\n` at its end."""
-    text = re.sub(r"\\(u[0-9a-f]{4}|.)", _upper, "".join(_pieces(message)))
+def dump(message: object, *, pretty: bool = False) -> bytes:
+    r"""One reply or event as QEMU writes it: ASCII, upper-case escapes, `\r\n` at its end; on one line or, pretty, many."""
+    text = re.sub(r"\\(u[0-9a-f]{4}|.)", _upper, "".join(_pieces(message, pretty=pretty)))
     return text.replace("\x7f", "\\u007F").encode("ascii") + b"\r\n"
 
 
@@ -320,25 +327,29 @@ class _Text(str):
     __slots__ = ()
 
 
-def _pieces(message: object) -> Iterator[str]:
+def _pieces(message: object, *, pretty: bool) -> Iterator[str]:
     """`json.dumps` with a stack of its own: an id that a peer nested 1000 deep is written as well."""
-    waiting: list[object] = [message]
+    waiting: list[tuple[object, int]] = [(message, 0)]
     while waiting:
-        value = waiting.pop()
+        value, depth = waiting.pop()
         if isinstance(value, _Text):
             yield value
-        elif isinstance(value, dict):
-            members: list[object] = []
-            for name, member in value.items():
-                members += [_Text(", "), _Text(f"{json.dumps(name)}: "), member]
-            waiting += [_Text("}"), *reversed(members[1:]), _Text("{")]
-        elif isinstance(value, list):
-            elements: list[object] = []
-            for element in value:
-                elements += [_Text(", "), element]
-            waiting += [_Text("]"), *reversed(elements[1:]), _Text("[")]
+        elif isinstance(value, dict | list):
+            named = isinstance(value, dict)
+            inside: list[tuple[object, int]] = []
+            for number, key in enumerate(value):
+                gap = _line(depth + 1) if pretty else " " * bool(number)
+                name = f"{json.dumps(key)}: " if named else ""
+                inside += [(_Text("," * bool(number) + gap + name), 0), (value[key] if named else key, depth + 1)]
+            end = _line(depth) if pretty else ""
+            waiting += [(_Text(end + "]}"[named]), 0), *reversed(inside), (_Text("[{"[named]), 0)]
         else:
-            yield json.dumps(value)
+            # As C's printf has it, with an infinity that is no JSON.
+            yield f"{value:.17g}" if isinstance(value, float) else json.dumps(value)
+
+
+def _line(depth: int) -> str:
+    return "\r\n" + 4 * depth * " "
 
 
 def _upper(found: re.Match[str]) -> str:

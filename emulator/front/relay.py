@@ -17,7 +17,7 @@ import json
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 from emulator.front.channels import Client
 from emulator.qmp_json import JsonStream, Stray, Value, dump
@@ -109,14 +109,13 @@ class Relay:
 
     async def _question(self, found: Value | Stray, raw: bytes) -> None:
         request = found.value if isinstance(found, Value) else None
-        if not isinstance(request, dict) or "exec-oob" in request:
+        if not _is_command(request):
             return await self._ask(raw)
-        command = request.get("execute")
         pending = _Pending(f"sevattest-{secrets.token_hex(8)}", request)
-        if command in SEV_COMMANDS:
+        if request["execute"] in SEV_COMMANDS:
             await self._ask_marked(pending, raw, request)
             return None
-        if command == "cont" and not self._sev.runs and _is_plain(request):
+        if request["execute"] == "cont" and not request.get("arguments") and not self._sev.runs:
             # Any command would do: its answer says that everything before it is done.
             await self._ask_marked(pending, raw, {"execute": "query-version"})
             raw = raw[raw.index(b"{") :]
@@ -154,7 +153,7 @@ class Relay:
         identity = {"id": request["id"]} if "id" in request else {}
         # QEMU writes the id first in an error, last otherwise.
         message = identity | answer if "error" in answer else answer | identity
-        await self._tell(json.dumps(message, indent=4).encode() + b"\r\n" if self._pretty else dump(message))
+        await self._tell(dump(message, pretty=self._pretty))
         return True
 
     async def _tell(self, data: bytes) -> None:
@@ -162,9 +161,16 @@ class Relay:
         await self._client.writer.drain()
 
 
-def _is_plain(request: Message) -> bool:
-    """Whether QEMU will take it for a `cont`, and not complain of its members."""
-    return request.keys() <= {"execute", "arguments", "id"} and request.get("arguments", {}) == {}
+def _is_command(request: object) -> TypeGuard[Message]:
+    """Whether it may be one that we answer; QEMU will complain of all else, and had better see its very bytes."""
+    if not isinstance(request, dict) or not request.keys() <= {"execute", "arguments", "id"}:
+        return False
+    arguments = request.get("arguments", {})
+    return (
+        isinstance(request.get("execute"), str)
+        and isinstance(arguments, dict)
+        and all(isinstance(argument, str | int) for argument in arguments.values())
+    )
 
 
 async def _messages(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
