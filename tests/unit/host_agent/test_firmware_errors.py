@@ -6,7 +6,7 @@ import pytest
 
 from common.errors import PlatformFailed, Reason, Refused, SevattestError, exit_code
 from common.sev.abi import Status
-from host_agent.firmware_errors import find_firmware_error, firmware_failure, hypervisor_failure, printable
+from host_agent.firmware_errors import advice, find_firmware_error, firmware_failure, hypervisor_failure, printable
 
 VERDICTS = {
     Status.BAD_MEASUREMENT: Reason.FIRMWARE_BAD_MEASUREMENT,
@@ -59,3 +59,13 @@ def test_a_hypervisors_words_become_the_firmwares_error_or_its_own(words: str, k
 def test_words_from_outside_are_one_printable_line() -> None:
     assert printable("a\x00b\n\x1b[0m  c\u202e") == "a b [0m c"
     assert len(printable("x" * 10_000)) == 300
+
+
+def test_every_status_has_its_advice_and_a_code_without_a_name_has_none() -> None:
+    named = [status for status in Status if status is not Status.SUCCESS]
+    assert [status for status in named if not advice(status)] == []
+    assert len({advice(status) for status in named}) == len(named), "and its own"
+    assert all(firmware_failure(status, "x").fields["hint"] == advice(status) for status in named)
+    for code in (Status.SUCCESS, 0x19, 0x27, 0xFFFF):
+        assert advice(code) is None
+        assert "hint" not in firmware_failure(code, "x").fields
