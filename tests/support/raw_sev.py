@@ -1,0 +1,108 @@
+"""/dev/sev and KVM by raw system calls, as a program in C would: for functions that run under `platform run`.
+
+Knows nothing of ours: the numbers are written here once more, from linux/psp-sev.h and linux/kvm.h.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import struct
+
+SEV_ISSUE_CMD = 0xC0105300
+KVM_CREATE_VM = 0xAE01
+KVM_CREATE_VCPU = 0xAE41
+KVM_SET_CPUID2 = 0x4008AE90
+KVM_MEMORY_ENCRYPT_OP = 0xC008AEBA
+KVM_MEMORY_ENCRYPT_REG_REGION = 0x8010AEBB
+KVM_MEMORY_ENCRYPT_UNREG_REGION = 0x8010AEBC
+
+RESET, STATUS, PEK_GEN, CSR, PDH_GEN, EXPORT, IMPORT, GET_ID, GET_ID2 = range(9)
+INIT, ES_INIT, START, UPDATE_DATA, UPDATE_VMSA, SECRET, MEASURE, FINISH = range(8)
+GUEST_STATUS, REPORT, INIT2 = 16, 20, 22
+
+UNTOUCHED = 0x5A5A5A5A  # what stands in `error` before a command
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
+_libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+class Memory:
+    """Bytes at an address."""
+
+    def __init__(self, content: bytes | int) -> None:
+        self._buffer = ctypes.create_string_buffer(bytes(content), len(bytes(content)))
+        self.at = ctypes.addressof(self._buffer)
+
+    @property
+    def bytes(self) -> bytes:
+        return self._buffer.raw
+
+
+class ReadOnlyPage:
+    """A page that can be read and not written."""
+
+    def __init__(self, content: bytes) -> None:
+        self._page = mmap.mmap(-1, mmap.PAGESIZE)
+        self._page[: len(content)] = content
+        self.at = ctypes.addressof(ctypes.c_char.from_buffer(self._page))
+        assert _libc.mprotect(self.at, mmap.PAGESIZE, mmap.PROT_READ) == 0
+
+
+def ioctl(descriptor: int, request: int, argument: int) -> str:
+    """`ok`, or the name of the errno."""
+    return "ok" if _libc.ioctl(descriptor, request, argument) >= 0 else errno.errorcode[ctypes.get_errno()]
+
+
+def syscall(number: int, *arguments: int | bytes) -> int:
+    """The result, or the negative errno."""
+    result: int = _libc.syscall(number, *arguments)
+    return result if result >= 0 else -ctypes.get_errno()
+
+
+def issue(descriptor: int, command: int, data: int = 0) -> tuple[str, int]:
+    """SEV_ISSUE_CMD: what the ioctl says, and `error` afterwards."""
+    block = Memory(struct.pack("<IQI", command, data, UNTOUCHED))
+    said = ioctl(descriptor, SEV_ISSUE_CMD, block.at)
+    number, pointer, error = struct.unpack("<IQI", block.bytes)
+    assert (number, pointer) == (command, data)
+    return said, error
+
+
+def one_buffer(descriptor: int, command: int, address: int, length: int) -> tuple[str, int, int]:
+    """PEK_CSR or GET_ID2: as `issue`, and the length afterwards."""
+    data = Memory(struct.pack("<QI", address, length))
+    said, error = issue(descriptor, command, data.at)
+    return said, error, struct.unpack("<QI", data.bytes)[1]
+
+
+def two_buffers(descriptor: int, command: int, *given: int) -> tuple[str, int, int, int]:
+    """PDH_CERT_EXPORT or PEK_CERT_IMPORT on two addresses, each with its length: as `issue`, and the lengths after."""
+    data = Memory(struct.pack("<QIQI", *given))
+    said, error = issue(descriptor, command, data.at)
+    _, one, _, other = struct.unpack("<QIQI", data.bytes)
+    return said, error, one, other
+
+
+def state(descriptor: int) -> int:
+    """The platform's state."""
+    status = Memory(12)
+    assert issue(descriptor, STATUS, status.at) == ("ok", 0)
+    return status.bytes[2]
+
+
+def sev_op(vm: int, command: int, data: int = 0, sev: int = -1) -> tuple[str, int]:
+    """KVM_MEMORY_ENCRYPT_OP: what the ioctl says, and `error` afterwards."""
+    block = Memory(struct.pack("<I4xQIi", command, data, UNTOUCHED, sev))
+    said = ioctl(vm, KVM_MEMORY_ENCRYPT_OP, block.at)
+    return said, struct.unpack("<I4xQIi", block.bytes)[2]
+
+
+def new_vm() -> tuple[int, int]:
+    """/dev/kvm and a virtual machine on it."""
+    kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
+    vm = _libc.ioctl(kvm, KVM_CREATE_VM, None)
+    assert vm >= 0, errno.errorcode[ctypes.get_errno()]
+    return kvm, vm
