@@ -39,7 +39,8 @@ def run_front(words: Sequence[str], *, state: Path, program: str, flavour: str |
     """
     try:
         plan = read(words)
-        front = _Front(plan, platform=state / "sev.sock", program=program, flavour=flavour)
+        # Absolute: a daemon leaves the folder that it was started in.
+        front = _Front(plan, platform=state.absolute() / "sev.sock", program=program, flavour=flavour)
         code = _in_background(front) if plan.daemonize else front.run(lambda: None)
     except LeftToQemu as left:
         become(program, left.words)
@@ -95,8 +96,10 @@ class _Front:
         if boot is not None:
             inherits.append(kernel := _memfd("kernel", resources, boot.kernel))
             words += ["-kernel", f"/proc/self/fd/{kernel}"]
-        with_stdin = all(monitor.kind is not Kind.STDIO for monitor in plan.monitors)
-        qemu = await RealQemu.start(self.program, words, inherits=inherits, with_stdin=with_stdin)
+        with_stdin = not plan.daemonize and all(monitor.kind is not Kind.STDIO for monitor in plan.monitors)
+        qemu = await RealQemu.start(
+            self.program, words, inherits=inherits, with_stdin=with_stdin, through_us=plan.daemonize
+        )
         launch.on_death = lambda _death: qemu.send(signal.SIGKILL)
         try:
             return await self._serve(qemu, launch, doors, scratch, ready)

@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 from emulator.errors import CommandError, MachineDied
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_CHUNK = 1 << 16
 _LINE_LIMIT = 64 << 20  # QEMU's own answers; query-qmp-schema alone is 200 KiB
 _prctl = ctypes.CDLL(None, use_errno=True).prctl
 
@@ -64,10 +65,18 @@ class RealQemu:
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self.process = process
+        outputs = ((process.stdout, 1), (process.stderr, 2))
+        self._copies = [asyncio.create_task(_copy(pipe, to)) for pipe, to in outputs if pipe]
 
     @classmethod
     async def start(
-        cls, program: str, words: Sequence[str], *, inherits: Sequence[int], with_stdin: bool = True
+        cls,
+        program: str,
+        words: Sequence[str],
+        *,
+        inherits: Sequence[int],
+        with_stdin: bool = True,
+        through_us: bool = False,
     ) -> RealQemu:
         """Start it. It inherits standard output and error, and every descriptor that the front itself inherited.
 
@@ -76,10 +85,12 @@ class RealQemu:
             words: its arguments.
             inherits: descriptors of the front's own that the words name.
             with_stdin: whether it gets our standard input, or an empty one.
+            through_us: whether its output goes where ours does at the moment, since a daemon lets go of its streams.
 
         Raises:
             MachineDied: it cannot be started.
         """
+        output = asyncio.subprocess.PIPE if through_us else None
         try:
             for descriptor in inherits:
                 os.set_inheritable(descriptor, True)  # noqa: FBT003 -- its only parameter
@@ -87,6 +98,8 @@ class RealQemu:
                 program,
                 *words,
                 stdin=None if with_stdin else asyncio.subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
                 close_fds=False,
                 preexec_fn=die_with_parent,
             )
@@ -95,8 +108,10 @@ class RealQemu:
         return cls(process)
 
     async def ended(self) -> int:
-        """Its exit code, negative for a signal's number, when it has ended."""
-        return await self.process.wait()
+        """Its exit code, negative for a signal's number, when it has ended and all that it said is said."""
+        code = await self.process.wait()
+        await asyncio.gather(*self._copies)
+        return code
 
     def send(self, number: int) -> None:
         """Send it a signal."""
@@ -177,6 +192,12 @@ class Control:
         for waiting in self._waiting.values():
             if not waiting.done():
                 waiting.set_exception(ConnectionResetError())
+
+
+async def _copy(pipe: asyncio.StreamReader, to: int) -> None:
+    while data := await pipe.read(_CHUNK):
+        with contextlib.suppress(OSError):
+            os.write(to, data)
 
 
 def die_with_parent() -> None:

@@ -51,9 +51,7 @@ def version_of(program: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def small_kernel(
-    *, version: int = 0x20F, xloadflags: int = 0x3F, initrd_max: int = 0x7FFFFFFF, label: str = ""
-) -> bytes:
+def small_kernel(*, version: int = 0x20F, xloadflags: int = 0x3F, initrd_max: int = 0x7FFFFFFF) -> bytes:
     """A bzImage that boots nowhere, with the setup header that QEMU wants to see.
 
     Layout: Linux, Documentation/arch/x86/boot.rst. What a loader has to fill in is noise, so that a field that is

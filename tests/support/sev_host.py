@@ -127,9 +127,15 @@ def guests(platform: Platform) -> int:
 
 
 def wait_for_no_guest(platform: Platform) -> None:
+    wait_for_guests(platform, 0)
+
+
+def wait_for_guests(platform: Platform, count: int) -> None:
+    """Return when the platform has no more than so many."""
     deadline = time.monotonic() + 30
-    while guests(platform):
+    while guests(platform) > count:
         assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def b64(data: bytes) -> str:
