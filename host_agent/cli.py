@@ -1,4 +1,4 @@
-"""`sev-host-agent serve | check-config | health`: the agent's command line.
+"""`sev-host-agent serve | check-config | health | doctor | selftest`: the agent's command line.
 
 Errors go to stderr as `sev-host-agent: sentence`; exit codes as everywhere: 0 done, 2 usage or bad configuration,
 3 not ready or failed.
@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.command import Parser, run_command
+from host_agent.doctor import cli as doctor
+from host_agent.selftest import cli as selftest
 
 PROGRAM = "sev-host-agent"
 _NOT_READY = 3
@@ -25,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> int:
         args = _parser().parse_args(argv)
-        code: int = args.run(args.config)
+        code: int = args.run(args)
         return code
 
     return run_command(PROGRAM, command)
@@ -41,7 +43,12 @@ def _parser() -> Parser:
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("--config", type=Path, required=True, metavar="FILE", help="agent.toml")
-        command.set_defaults(run=run)
+        command.set_defaults(run=lambda args, run=run: run(args.config))
+    for name, add_arguments, text in (
+        ("doctor", doctor.add_arguments, "say whether guests can be launched on this host, and what to do if not"),
+        ("selftest", selftest.add_arguments, "launch a guest paused, as its owner would, and check every step"),
+    ):
+        add_arguments(commands.add_parser(name, help=text, description=text))
     return parser
 
 
@@ -70,7 +77,7 @@ def _check_config(path: Path) -> int:
     from common.clock import SystemClock
     from common.rpc.tls import load_server
     from host_agent import config
-    from host_agent.hypervisors.qemu import read_secret_area
+    from host_agent.hypervisors.guests import read_secret_area
 
     loaded = config.load(path, os.environ)
     identity = load_server(loaded.server_tls(), SystemClock().now()).identity

@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "reset": ("orchestrator.cli.reset", "reset this host's platform: forget its owner and keys"),
     "rotate": ("orchestrator.cli.rotate", "make a new Diffie-Hellman key for this host's platform"),
     "show": ("orchestrator.cli.show", "show what this host's platform says about itself"),
+    "ok": ("orchestrator.cli.ok", "check whether this host can run encrypted guests"),
     "verify": ("orchestrator.cli.verify", "verify a platform's certificates and print them as a tree"),
     "pki": ("orchestrator.cli.pki", "make and renew the mutual-TLS identities"),
     "platform": ("orchestrator.cli.platform", "run the software SEV platform"),

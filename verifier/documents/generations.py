@@ -1,7 +1,7 @@
 """What is known of each processor generation: firmware floors, whether it is on by default, risks that remain.
 
 Floors are start values that an owner can raise; going below one needs `accept_old_firmware` in the document. Numbers
-and their sources: security.md 1.4, restated beside each row. What a verifier cannot see (microcode, AGESA, the order in
+and their sources: `common/sev/floors.py`. What a verifier cannot see (microcode, AGESA, the order in
 which firmware places what it measured) is listed as a risk and written into every receipt of that generation.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from common.sev.floors import FLOORS
 from common.sev.measurement import FirmwareVersion
 
 
@@ -42,8 +43,8 @@ GENERATIONS: dict[str, Generation] = {
     for generation in (
         Generation(
             name="naples",
-            floor=FirmwareVersion(0, 17, 22),
-            source="CVE-2019-9836: build 22 of API 0.17 ends the invalid-curve leak of the PDH's private key",
+            floor=FLOORS["naples"].version,
+            source=FLOORS["naples"].source,
             caution="any Naples chip can be taken back to firmware that gives its keys away (arXiv 1908.11680)",
             risks=(
                 *_EVERYWHERE,
@@ -53,8 +54,8 @@ GENERATIONS: dict[str, Generation] = {
         ),
         Generation(
             name="rome",
-            floor=FirmwareVersion(0, 24, 20),
-            source="newest build published in linux-firmware (merge request 278)",
+            floor=FLOORS["rome"].version,
+            source=FLOORS["rome"].source,
             risks=(
                 *_EVERYWHERE,
                 "CVE-2023-20592 (CacheWarp): no microcode ends it on this generation",
@@ -63,8 +64,8 @@ GENERATIONS: dict[str, Generation] = {
         ),
         Generation(
             name="milan",
-            floor=FirmwareVersion(1, 55, 21),
-            source="newest build published in linux-firmware (merge request 278)",
+            floor=FLOORS["milan"].version,
+            source=FLOORS["milan"].source,
             risks=(
                 *_EVERYWHERE,
                 "arXiv 2605.12990: software alone may read a Milan chip's root seed; allow chips by fingerprint",
@@ -73,21 +74,21 @@ GENERATIONS: dict[str, Generation] = {
         ),
         Generation(
             name="genoa",
-            floor=FirmwareVersion(1, 55, 37),
-            source="newest build published in linux-firmware (merge request 278)",
+            floor=FLOORS["genoa"].version,
+            source=FLOORS["genoa"].source,
             risks=_EVERYWHERE,
         ),
         Generation(
             name="turin",
-            floor=None,
-            source="no build is known to be good: a document that allows Turin names its own floor",
+            floor=FLOORS["turin"].version,
+            source=FLOORS["turin"].source,
             caution="no firmware floor is known for Turin, the document's own counts alone",
             risks=_EVERYWHERE,
         ),
         Generation(
             name="emulated",
-            floor=FirmwareVersion(0, 17, 0),
-            source="the oldest API whose measurement covers the firmware's version",
+            floor=FLOORS["emulated"].version,
+            source=FLOORS["emulated"].source,
             caution="an emulated platform protects nothing: its memory is not encrypted and its keys lie in a folder",
             risks=("the platform is emulated: its memory is not encrypted and its keys lie in a folder",),
         ),

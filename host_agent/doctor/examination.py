@@ -1,0 +1,137 @@
+"""All probes of a host, as a person would go: processor, kernel, firmware, the agent, QEMU, guests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from common import config as configuration
+from common.amd.kds import KeyService
+from common.errors import SevattestError
+from common.sev.certs.roots import Root
+from host_agent import config
+from host_agent.config import AgentConfig
+from host_agent.devices import DEFAULT_PATH, Device, open_device
+from host_agent.doctor import firmware, guests, kernel, processor, qemu, site
+from host_agent.doctor.findings import Finding, failed, passed, skipped
+from host_agent.doctor.machine import Machine
+from host_agent.doctor.options import Options
+
+_DEVICE_TIMEOUT = 10.0
+SOFTWARE_PLATFORM = "socket"  # the driver's name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What is asked of the doctor.
+
+    Attributes:
+        machine: the host.
+        config_file: `agent.toml`; None to look at the host alone.
+        environ: overrides it.
+        captured: the host is one that was written down, so there is no firmware to ask.
+        es: whether guests with SEV-ES are to be launched.
+        key_service: where the signed CEK may be; nowhere when None.
+        roots: who may have signed it.
+    """
+
+    machine: Machine
+    config_file: Path | None
+    environ: Mapping[str, str]
+    captured: bool
+    es: bool
+    key_service: KeyService | None
+    roots: tuple[Root, ...]
+
+
+async def examine(question: Question) -> list[Finding]:
+    """What all probes find; no probe raises, and none changes anything."""
+    findings: list[Finding] = []
+    agent = _read_config(question, findings)
+    driver = "dev_sev" if agent is None else agent.device.driver
+    cpu = processor.look(question.machine)
+    if driver == SOFTWARE_PLATFORM:
+        why = "the configured device is a software platform, for which this host needs no SEV of its own"
+        findings += [skipped("cpu", why), skipped("kernel", why)]
+    else:
+        c_bit = None if agent is None else agent.qemu.cbitpos
+        findings += processor.probe(cpu, es=question.es, c_bit=c_bit)
+        path = DEFAULT_PATH if agent is None else str(agent.device.path)
+        findings += kernel.probe(question.machine, es=question.es, es_asids=cpu.es_asids, device=path)
+    if question.captured:
+        findings.append(skipped("firmware.answers", "a machine that was written down has no firmware to ask"))
+    elif (device := _device(agent, findings)) is not None:
+        software = driver == SOFTWARE_PLATFORM
+        answers = firmware.probe(
+            device,
+            generation="emulated" if software else cpu.generation,
+            es=question.es,
+            snp=not software and kernel.snp_is_on(question.machine),
+            key_service=question.key_service,
+            roots=question.roots,
+        )
+        findings += [finding async for finding in answers]
+    findings += _agent(question, agent)
+    findings += _guests(question, agent)
+    return findings
+
+
+def _read_config(question: Question, findings: list[Finding]) -> AgentConfig | None:
+    """The configuration as far as it has a form: what the agent would refuse in it is a finding, and goes on."""
+    if question.config_file is None:
+        return None
+    advice = "docs/host-agent.md has every key; `sev-host-agent check-config` checks it again"
+    try:
+        agent = configuration.load(question.config_file, AgentConfig, question.environ)
+        config.load(question.config_file, question.environ)
+    except SevattestError as error:
+        findings.append(failed("agent.config", error.message, advice))
+        try:
+            return configuration.load(question.config_file, AgentConfig, question.environ)
+        except SevattestError:
+            return None
+    findings.append(passed("agent.config", f"{question.config_file} can be used"))
+    return agent
+
+
+def _device(agent: AgentConfig | None, findings: list[Finding]) -> Device | None:
+    if agent is None:
+        return open_device("dev_sev", Path(DEFAULT_PATH), timeout=_DEVICE_TIMEOUT)
+    try:
+        return open_device(agent.device.driver, agent.device.path, timeout=agent.device.timeout)
+    except SevattestError as error:
+        findings.append(failed("firmware.answers", error.message, "name a driver that this version has"))
+        return None
+
+
+def _agent(question: Question, agent: AgentConfig | None) -> Iterator[Finding]:
+    now = datetime.now(UTC)
+    written = None
+    if agent is not None and question.config_file is not None:
+        yield site.certificate(agent.server_tls(), now)
+        yield from site.state_dir(question.machine, agent.state_dir)
+        written = datetime.fromtimestamp(question.config_file.stat().st_mtime, UTC)
+    yield site.clock(question.machine, now=now, written=written)
+
+
+def _guests(question: Question, agent: AgentConfig | None) -> Iterator[Finding]:
+    if agent is None:
+        yield from qemu.probe(question.machine, qemu.DEFAULT_PROGRAM, of="")
+        yield _lock_limit(question.machine)
+        return
+    if not agent.guests:
+        yield skipped("guest", "the configuration has no guests", "add [guests.NAME] to agent.toml")
+    asked: set[tuple[str, ...]] = set()
+    for name, table in sorted(agent.guests.items()):
+        program = tuple(table.program)
+        if program and program not in asked:
+            asked.add(program)
+            yield from qemu.probe(question.machine, program, of=name)
+        yield from guests.probe(question.machine, name, table.firmware, table.args, es=question.es)
+
+
+def _lock_limit(machine: Machine) -> Finding:
+    """Without guests to compare with: the limit for QEMU's smallest, 128 MiB."""
+    return guests.memory(machine, "memlock", Options([]), 0)

@@ -1,0 +1,174 @@
+"""A guest's definition: what its firmware can take, and what on its command line would spoil a launch.
+
+Sources: edk2's footer (common/sev/digest/ovmf.py), QEMU's options, Linux `sev_pin_memory` (a guest's RAM counts
+against RLIMIT_MEMLOCK, machine by machine, unless the process has CAP_IPC_LOCK), proc(5) for /proc/net/unix.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from common.sev.digest.compute import FIRMWARE_SIZE_MIN
+from common.sev.digest.kernel_hashes import TABLE_SIZE
+from common.sev.digest.ovmf import TAIL_SIZE_MAX, Footer, parse_footer
+from host_agent.doctor.findings import Finding, failed, passed, skipped, warned
+from host_agent.doctor.machine import Machine
+from host_agent.doctor.options import Options
+
+_SMALL = 64  # bytes: less than the smallest table with one secret that is worth its name
+_AMDSEV = "use an AmdSev build of OVMF (OvmfPkg/AmdSev/AmdSevX64.dsc), which has the areas"
+_CAP_IPC_LOCK = 14  # linux/capability.h
+_MIB = 1 << 20
+# QEMU pins what it registers with KVM: RAM, flash, and some small ROMs.
+_ROMS = 16 * _MIB
+_LISTENING = 0x10000  # SO_ACCEPTCON in /proc/net/unix
+_CONNECTED = "03"
+
+
+def probe(machine: Machine, name: str, firmware: Path, args: Sequence[str], *, es: bool) -> Iterator[Finding]:
+    """What a guest's definition means for its launch.
+
+    Args:
+        machine: where it is to run.
+        name: the guest's.
+        firmware: the file.
+        args: QEMU's arguments.
+        es: whether it is to run with SEV-ES.
+    """
+    where = f"guest.{name}"
+    options = Options(args)
+    size = 0
+    try:
+        size, footer = read_footer(firmware)
+    except OSError as error:
+        yield failed(
+            f"{where}.firmware", f"{firmware}: {error.strerror}", "name the guest's firmware file in agent.toml"
+        )
+    else:
+        yield from _firmware(where, firmware, size, footer, options, es=es)
+    yield _nvram(where, options)
+    yield memory(machine, f"{where}.memlock", options, size)
+    yield _monitors(machine, where, options)
+
+
+def read_footer(firmware: Path) -> tuple[int, Footer]:
+    """Size of an image in bytes, and the table at its end.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with firmware.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - TAIL_SIZE_MAX))
+        return size, parse_footer(file.read(TAIL_SIZE_MAX))
+
+
+def _firmware(where: str, path: Path, size: int, footer: Footer, options: Options, *, es: bool) -> Iterator[Finding]:
+    if size < FIRMWARE_SIZE_MIN or size % 4096:
+        yield failed(f"{where}.firmware", f"{path}: {size} bytes", "a flash image is a multiple of 4096 bytes")
+        return
+    yield passed(f"{where}.firmware", f"{path}: {size} bytes")
+    area = footer.secret_area
+    if area is None:
+        yield failed(f"{where}.secret_area", "the firmware has no area for secrets (0 bytes at 0)", _AMDSEV)
+    elif area.size < _SMALL:
+        yield failed(f"{where}.secret_area", f"{area.size} bytes at 0x{area.base:x}", _AMDSEV)
+    else:
+        yield passed(f"{where}.secret_area", f"{area.size} bytes at 0x{area.base:x}")
+    yield _hashes(where, footer, options)
+    yield _reset(where, footer, options, es=es)
+
+
+def _hashes(where: str, footer: Footer, options: Options) -> Finding:
+    area = footer.hashes_area
+    boots = options.value("kernel") is not None
+    if area is not None and area.size >= TABLE_SIZE:
+        return passed(f"{where}.hashes_area", f"{area.size} bytes at 0x{area.base:x}")
+    if boots:
+        return failed(
+            f"{where}.hashes_area", "the firmware has no area for kernel hashes, and there is a -kernel", _AMDSEV
+        )
+    return passed(f"{where}.hashes_area", "none, and no -kernel needs one")
+
+
+def _reset(where: str, footer: Footer, options: Options, *, es: bool) -> Finding:
+    if footer.reset_address is not None:
+        return passed(f"{where}.reset_block", f"other processors start at 0x{footer.reset_address:x}")
+    if es and options.vcpus != 1:
+        seen = "the firmware has no SEV-ES reset block, which more than one vCPU needs"
+        return failed(f"{where}.reset_block", seen, _AMDSEV)
+    return passed(f"{where}.reset_block", "none, and nothing needs one")
+
+
+def _nvram(where: str, options: Options) -> Finding:
+    if found := options.nvram:
+        advice = "take it away: a second flash drive is not measured, so the host could change what the firmware reads"
+        return failed(f"{where}.nvram", f"{found} is a writable or second flash drive", advice)
+    return passed(f"{where}.nvram", "no flash drive beside the measured one")
+
+
+def memory(machine: Machine, probe_id: str, options: Options, firmware_size: int) -> Finding:
+    """Whether the guest's RAM may be pinned.
+
+    Args:
+        machine: where it is to run.
+        probe_id: how the finding is called.
+        options: the guest's.
+        firmware_size: bytes of its firmware, which is pinned too.
+    """
+    ram = options.memory
+    if ram is None:
+        return skipped(probe_id, "the guest's memory size is not understood", "write it as -m 4G")
+    soft, hard = machine.memlock()
+    wanted = ram + firmware_size + _ROMS
+    if soft < 0 or _may_lock(machine):
+        return passed(probe_id, f"no limit for the {ram // _MIB} MiB that a guest pins")
+    seen = f"{soft // _MIB} MiB may be locked, the guest pins {wanted // _MIB} MiB"
+    if soft >= wanted:
+        return passed(probe_id, seen)
+    more = f" (the hard limit is {hard // _MIB} MiB)" if hard >= 0 else ""
+    return failed(probe_id, seen, f"set LimitMEMLOCK=infinity in the agent's unit, or memlock in limits.conf{more}")
+
+
+def _may_lock(machine: Machine) -> bool:
+    with suppress(OSError):
+        found = re.search(r"^CapEff:\s*([0-9a-fA-F]+)$", machine.text("/proc/self/status"), re.MULTILINE)
+        return found is not None and bool(int(found[1], 16) >> _CAP_IPC_LOCK & 1)
+    return False
+
+
+def _monitors(machine: Machine, where: str, options: Options) -> Finding:
+    paths = options.monitors
+    if not paths:
+        return passed(f"{where}.monitor", "the agent's own monitor is the only one")
+    try:
+        table = machine.text("/proc/net/unix")
+    except OSError as error:
+        return skipped(f"{where}.monitor", f"/proc/net/unix cannot be read: {error.strerror}")
+    listening, connected = _sockets(table)
+    for path in paths:
+        if path in connected:
+            advice = "let go of it: a monitor serves one client at a time, and a second one hears nothing"
+            return failed(f"{where}.monitor", f"{path} is held by another client", advice)
+        if path in listening:
+            advice = "is the guest running already, started by somebody else? QEMU would take the socket's place"
+            return warned(f"{where}.monitor", f"somebody listens at {path}", advice)
+    return passed(f"{where}.monitor", f"nobody holds {' '.join(paths)}")
+
+
+def _sockets(table: str) -> tuple[set[str], set[str]]:
+    """Paths at which somebody listens, and paths at whose sockets somebody is connected."""
+    listening, connected = set(), set()
+    for line in table.splitlines()[1:]:
+        words = line.split(maxsplit=7)  # Num RefCount Protocol Flags Type St Inode Path
+        if len(words) < 8:
+            continue
+        if int(words[3], 16) & _LISTENING:
+            listening.add(words[7])
+        elif words[5] == _CONNECTED:
+            connected.add(words[7])
+    return listening, connected
