@@ -51,9 +51,17 @@ class ReadOnlyPage:
         assert _libc.mprotect(self.at, mmap.PAGESIZE, mmap.PROT_READ) == 0
 
 
-def ioctl(descriptor: int, request: int, argument: int) -> str:
+Place = Memory | ReadOnlyPage | int
+
+
+def address(place: Place) -> int:
+    """Where it is; whoever asks keeps it alive."""
+    return place if isinstance(place, int) else place.at
+
+
+def ioctl(descriptor: int, request: int, argument: Place) -> str:
     """`ok`, or the name of the errno."""
-    return "ok" if _libc.ioctl(descriptor, request, argument) >= 0 else errno.errorcode[ctypes.get_errno()]
+    return "ok" if _libc.ioctl(descriptor, request, address(argument)) >= 0 else errno.errorcode[ctypes.get_errno()]
 
 
 def syscall(number: int, *arguments: int | bytes) -> int:
@@ -62,26 +70,26 @@ def syscall(number: int, *arguments: int | bytes) -> int:
     return result if result >= 0 else -ctypes.get_errno()
 
 
-def issue(descriptor: int, command: int, data: int = 0) -> tuple[str, int]:
+def issue(descriptor: int, command: int, data: Place = 0) -> tuple[str, int]:
     """SEV_ISSUE_CMD: what the ioctl says, and `error` afterwards."""
-    block = Memory(struct.pack("<IQI", command, data, UNTOUCHED))
-    said = ioctl(descriptor, SEV_ISSUE_CMD, block.at)
+    block = Memory(struct.pack("<IQI", command, address(data), UNTOUCHED))
+    said = ioctl(descriptor, SEV_ISSUE_CMD, block)
     number, pointer, error = struct.unpack("<IQI", block.bytes)
-    assert (number, pointer) == (command, data)
+    assert (number, pointer) == (command, address(data))
     return said, error
 
 
 def one_buffer(descriptor: int, command: int, address: int, length: int) -> tuple[str, int, int]:
     """PEK_CSR or GET_ID2: as `issue`, and the length afterwards."""
     data = Memory(struct.pack("<QI", address, length))
-    said, error = issue(descriptor, command, data.at)
+    said, error = issue(descriptor, command, data)
     return said, error, struct.unpack("<QI", data.bytes)[1]
 
 
 def two_buffers(descriptor: int, command: int, *given: int) -> tuple[str, int, int, int]:
     """PDH_CERT_EXPORT or PEK_CERT_IMPORT on two addresses, each with its length: as `issue`, and the lengths after."""
     data = Memory(struct.pack("<QIQI", *given))
-    said, error = issue(descriptor, command, data.at)
+    said, error = issue(descriptor, command, data)
     _, one, _, other = struct.unpack("<QIQI", data.bytes)
     return said, error, one, other
 
@@ -89,14 +97,14 @@ def two_buffers(descriptor: int, command: int, *given: int) -> tuple[str, int, i
 def state(descriptor: int) -> int:
     """The platform's state."""
     status = Memory(12)
-    assert issue(descriptor, STATUS, status.at) == ("ok", 0)
+    assert issue(descriptor, STATUS, status) == ("ok", 0)
     return status.bytes[2]
 
 
-def sev_op(vm: int, command: int, data: int = 0, sev: int = -1) -> tuple[str, int]:
+def sev_op(vm: int, command: int, data: Place = 0, sev: int = -1) -> tuple[str, int]:
     """KVM_MEMORY_ENCRYPT_OP: what the ioctl says, and `error` afterwards."""
-    block = Memory(struct.pack("<I4xQIi", command, data, UNTOUCHED, sev))
-    said = ioctl(vm, KVM_MEMORY_ENCRYPT_OP, block.at)
+    block = Memory(struct.pack("<I4xQIi", command, address(data), UNTOUCHED, sev))
+    said = ioctl(vm, KVM_MEMORY_ENCRYPT_OP, block)
     return said, struct.unpack("<I4xQIi", block.bytes)[2]
 
 

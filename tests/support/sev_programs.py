@@ -76,12 +76,12 @@ def bad_arguments() -> dict[str, Any]:
     return {
         "argument": [raw_sev.ioctl(device, raw_sev.SEV_ISSUE_CMD, at) for at in (0, _NOWHERE, (1 << 64) - 8)],
         "read-only argument": raw_sev.ioctl(
-            device, raw_sev.SEV_ISSUE_CMD, ReadOnlyPage(struct.pack("<IQI", raw_sev.STATUS, room.at, 0)).at
+            device, raw_sev.SEV_ISSUE_CMD, ReadOnlyPage(struct.pack("<IQI", raw_sev.STATUS, room.at, 0))
         ),
         "data": [
             issue(device, command, _NOWHERE) for command in (raw_sev.STATUS, CSR, EXPORT, IMPORT, GET_ID, GET_ID2)
         ],
-        "read-only data": issue(device, CSR, fixed.at),
+        "read-only data": issue(device, CSR, fixed),
         "destinations": [
             one_buffer(device, CSR, _NOWHERE, good)[:2],
             one_buffer(device, GET_ID2, _NOWHERE, 64)[:2],

@@ -1,0 +1,25 @@
+"""Whether this machine has a /dev/kvm that makes virtual machines."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+
+import pytest
+
+_KVM_CREATE_VM = 0xAE01  # linux/kvm.h
+
+
+def _why_not() -> str:
+    try:
+        kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            os.close(fcntl.ioctl(kvm, _KVM_CREATE_VM, 0))
+        finally:
+            os.close(kvm)
+    except OSError as error:
+        return f"/dev/kvm is not usable: {error.strerror}"
+    return ""
+
+
+needs_kvm = pytest.mark.skipif(bool(_why_not()), reason=_why_not() or "never")
