@@ -14,13 +14,16 @@ from common.sev.certs.chain import PlatformChain
 from common.sev.errors import ParseError
 
 if TYPE_CHECKING:
-    from host_agent.devices import AdministeredDevice
+    from host_agent.devices import AdministeredDevice, Device
 
 _T = TypeVar("_T")
 _ENVIRONMENT = "SEVATTEST_DEVICE"
 _DEFAULT = "/dev/sev"
 # The kernel gives the PSP 100 s (psp_cmd_timeout) and then says that it is dead, which a person should hear.
 _TIMEOUT = 120.0
+
+# Has the signed CEK of every chip.
+AMD_KEY_SERVICE = "https://kdsintf.amd.com"
 
 
 def add_device_argument(parser: argparse.ArgumentParser) -> None:
@@ -48,14 +51,20 @@ def ask(args: argparse.Namespace, question: Callable[[AdministeredDevice], Await
     return asyncio.run(run())
 
 
-def read_chain(data: bytes) -> PlatformChain:
-    """The chain that the device exported.
+def exported(args: argparse.Namespace) -> tuple[PlatformChain, bytes]:
+    """The platform's certificates, the CEK unsigned, and the chip's id: 64 bytes, or none where it has none to tell.
 
     Raises:
+        SevattestError: what the device's commands raise.
         PlatformFailed: `FIRMWARE_FAILED`; the firmware's certificates are none.
     """
+
+    async def question(device: Device) -> tuple[bytes, bytes]:
+        return await device.export_chain(), await device.chip_id()
+
+    chain, chip_id = ask(args, question)
     try:
-        return PlatformChain.parse(data)
+        return PlatformChain.parse(chain), chip_id
     except ParseError as error:
         raise not_understood(error) from error
 

@@ -8,25 +8,21 @@ has it under the chip's id. Nothing is written unless every signature leads to a
 from __future__ import annotations
 
 import argparse
+import asyncio
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from common.amd.kds import FolderKeyService, key_service
 from common.errors import PlatformFailed, Reason, SevattestError
 from common.sev.certs.chain import PlatformChain
 from common.sev.certs.roots import Root, pinned_roots
 from common.sev.certs.verify import attach_cek, verify_platform
-from orchestrator.cli.device import add_device_argument, ask, read_chain
+from orchestrator.cli.device import AMD_KEY_SERVICE, add_device_argument, exported
 from orchestrator.cli.verify import read_root
 from orchestrator.files import NewFile, write_all
 
-if TYPE_CHECKING:
-    from host_agent.devices import Device
-
 HELP = "write the platform's certificates to a file"
-_AMD = "https://kdsintf.amd.com"
 _HINTS = {
     Reason.UNTRUSTED_ROOT: "only AMD's roots are trusted; --ca FILE names a software platform's own",
     Reason.KEY_SERVICE_UNAVAILABLE: "--kds URL|DIR names another key service, or a folder with the signed CEK",
@@ -42,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kds",
         metavar="URL|DIR",
-        default=_AMD,
+        default=AMD_KEY_SERVICE,
         help="where the signed CEK is: a key service or a folder (%(default)s)",
     )
     parser.add_argument("--ca", metavar="FILE", type=Path, help="ASK and ARK to trust in place of AMD's built-in ones")
@@ -54,13 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Export, complete, verify and write; returns 0."""
     roots = pinned_roots() if args.ca is None else (read_root(args.ca),)
-
-    async def question(device: Device) -> PlatformChain:
-        chain = read_chain(await device.export_chain())
-        return chain if chain.cek.is_signed else await _completed(chain, device, args, roots)
-
+    chain, chip_id = exported(args)
     try:
-        platform = verify_platform(ask(args, question), roots)
+        if not chain.cek.is_signed:
+            chain = asyncio.run(_completed(chain, chip_id, args, roots))
+        platform = verify_platform(chain, roots)
     except SevattestError as error:
         if hint := _HINTS.get(error.reason):
             error.fields.setdefault("hint", hint)
@@ -75,11 +69,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _completed(
-    chain: PlatformChain, device: Device, args: argparse.Namespace, roots: tuple[Root, ...]
+    chain: PlatformChain, chip_id: bytes, args: argparse.Namespace, roots: tuple[Root, ...]
 ) -> PlatformChain:
     """The chain with the signed CEK of its chip."""
     service = key_service(args.kds, args.cache, roots=roots)
-    chip_id = await device.chip_id()
     if chip_id:
         return attach_cek(chain, await service.signed_cek(chip_id))
     if isinstance(service, FolderKeyService):

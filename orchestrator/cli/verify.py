@@ -2,7 +2,8 @@
 
 The tree, an empty line and the legend are on stdout, to the letter what sevctl prints; everything else (warnings, a
 named root, the reason of a refusal) is on stderr. All lines are printed even when a signature is bad; then the command
-ends with 1. Bytes that are no certificates end it with 2.
+ends with 1. Bytes that are no certificates end it with 2. Without `--sev` the certificates are this host's own,
+with the signed CEK from AMD's key service.
 """
 
 from __future__ import annotations
@@ -27,46 +28,49 @@ from common.sev.certs.roots import Root, named_root, pinned_root_of, pinned_root
 from common.sev.certs.sev import SevCertificate
 from common.sev.certs.verify import ASK_CEK, LINKS, Links, attach_cek, check_links
 from common.sev.errors import BadSignature, ParseError, UntrustedRoot
+from orchestrator.cli.device import AMD_KEY_SERVICE, add_device_argument, exported
 
 HELP = "verify a platform's certificates and print them as a tree"
 
 _HINTS = {
     Reason.UNTRUSTED_ROOT: "only AMD's roots are trusted; --ca FILE names a software platform's own",
-    Reason.CEK_UNSIGNED: "--kds URL --chip-id HEX fetches the signed CEK; AMD's service is https://kdsintf.amd.com",
+    Reason.CEK_UNSIGNED: "--kds URL --chip-id HEX fetches the signed CEK; AMD's service is " + AMD_KEY_SERVICE,
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    parser.add_argument("--sev", metavar="FILE", type=Path, help="the platform's exported certificates")
+    parser.add_argument(
+        "--sev", metavar="FILE", type=Path, help="the platform's exported certificates; without it, this host's own"
+    )
     parser.add_argument(
         "--oca", metavar="FILE", type=Path, help="an OCA certificate to use in place of the exported one"
     )
     parser.add_argument("--ca", metavar="FILE", type=Path, help="ASK and ARK to trust in place of AMD's built-in ones")
     parser.add_argument("--kds", metavar="URL|DIR", help="where to get the signed CEK: a key service or a folder")
     parser.add_argument("--chip-id", metavar="HEX", help="the chip's id, 128 hex digits, for --kds")
+    add_device_argument(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the tree")
 
 
 def run(args: argparse.Namespace) -> int:
     """Verify and print; 0 if every signature leads to a trusted root, 1 if not."""
+    chip_id, source = _chip_id(args), args.kds
     if args.sev is None:
-        raise InvalidInput(
-            Reason.INVALID_ARGUMENT,
-            "--sev FILE is needed: certificates are not read from this machine's own firmware yet",
-            hint="`sevctl export FILE` or QEMU's query-sev-capabilities makes such a file",
-        )
-    chip_id = _chip_id(args)
-    container = _read(args.sev)
+        own, told = exported(args)
+        container = read_container(own.to_bytes())
+        chip_id, source = chip_id or told or None, source or AMD_KEY_SERVICE
+    else:
+        container = _read(args.sev)
     if args.oca is not None:
         container = container.having(_read_oca(args.oca))
     chain = _platform(container, args.sev)
     roots = _candidates(container, read_root(args.ca) if args.ca is not None else None)
     links = check_links(chain, roots)
     failure: SevattestError | None = None
-    if args.kds is not None and not links.good(ASK_CEK):
+    if source is not None and not links.good(ASK_CEK):
         try:
-            links = check_links(asyncio.run(_completed(chain, args.kds, chip_id)), roots)
+            links = check_links(asyncio.run(_completed(chain, source, chip_id)), roots)
         except (NotFound, Refused, Unavailable) as error:
             failure = error  # what is at hand is shown all the same
     failure = failure or links.first_failure or _foreign_ca(container, links)

@@ -19,6 +19,7 @@ from common.sev.abi import Usage
 from common.sev.certs.roots import pinned_roots
 from orchestrator.cli import main
 from tests.support.chains import SyntheticPlatform, bare, fresh_ca, make_platform, p384, with_key_ids
+from tests.support.platform import Platform
 from tests.support.vectors import rome_chain
 from tests.unit.common.sev.certs.test_render import ROME_TREE
 
@@ -325,12 +326,26 @@ def test_the_miswritten_slot_of_2019_is_a_warning(
 # --- usage and texture -------------------------------------------------------------------------------------------
 
 
-def test_without_a_file_the_usage_error_says_what_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert _verify() == 2
-    assert capsys.readouterr().err == (
-        "sevattest: --sev FILE is needed: certificates are not read from this machine's own firmware yet\n"
-        "hint: `sevctl export FILE` or QEMU's query-sev-capabilities makes such a file\n"
-    )
+def test_without_a_file_this_hosts_own_certificates_are_verified(
+    host: Platform, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ca = ["--ca", host.ask_ark]
+    assert _verify(*ca, "--kds", host.kds) == 0
+    tree = capsys.readouterr().out
+    exported = _file(tmp_path / "export", b"")
+    assert main(["export", "--ca", str(host.ask_ark), "--kds", str(host.kds), str(exported)]) == 0
+    assert _verify(*ca, "--sev", exported) == 0
+    assert capsys.readouterr().out == tree
+    # Port 1 on loopback has no listener.
+    assert _verify(*ca, "--kds", "http://127.0.0.1:1") == 3
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == len(tree.splitlines()), "what is at hand is shown"
+    assert "cannot be reached" in err
+    assert _verify("--kds", host.kds) == 1
+    assert "none of the trusted roots signed the CEK" in capsys.readouterr().err
+    assert _verify(*ca, "--kds", host.kds, "--device", tmp_path / "sev") == 3
+    out, err = capsys.readouterr()
+    assert (out, "cannot be opened for reading" in err) == ("", True)
 
 
 def test_a_file_that_is_not_there_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
