@@ -19,7 +19,7 @@ from common.rpc.server import Server
 from common.telemetry.log import Log
 from host_agent.config import AgentConfig
 from host_agent.devices import Device, open_device
-from host_agent.hypervisors.qemu import QemuHypervisor
+from host_agent.hypervisors.fleet import Fleet
 from host_agent.launches.custody import Custody, Observer
 from host_agent.launches.ledger import Ledger
 from host_agent.launches.runner import Runner
@@ -38,7 +38,7 @@ class Agent:
 
     folders: LaunchFolders
     device: Device
-    hypervisor: QemuHypervisor
+    hypervisor: Fleet
     custody: Custody
     runner: Runner
     supervisor: Supervisor
@@ -66,7 +66,12 @@ def build(config: AgentConfig, *, log: Log, clock: Clock | None = None, observe:
     folders = LaunchFolders(config.state_dir)
     ledger = Ledger(folders)
     custody = Custody(ledger=ledger, clock=clock, log=log, observe=observe or note)
-    hypervisor = QemuHypervisor(config.definitions(), config.qemu_settings())
+    hypervisor = Fleet(
+        config.definitions(),
+        config.qemu_settings(),
+        proxmox=config.proxmox_settings(),
+        libvirt=config.libvirt_settings(),
+    )
     device = open_device(config.device.driver, config.device.path, timeout=config.device.timeout)
     runner = Runner(ledger=ledger, custody=custody, hypervisor=hypervisor, device=device, clock=clock)
     supervisor = Supervisor(
@@ -125,6 +130,7 @@ async def serve(agent: Agent, *, ready: Callable[[str], None], reload: Callable[
     finally:
         await agent.supervisor.close()
         agent.custody.close()
+        agent.hypervisor.close()
         agent.folders.close()
 
 

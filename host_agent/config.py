@@ -5,7 +5,6 @@ Every key has a safe default or is required; unknown keys are refused by the loa
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -13,14 +12,16 @@ from typing import Annotated
 
 import msgspec
 
-from common import config, wire
+from common import config
 from common.errors import InvalidInput, Reason
 from common.rpc.identity import Role
 from common.rpc.tls import ServerTls
 from host_agent.devices import DEFAULT_PATH, DRIVERS
-from host_agent.hypervisors.arguments import check_definition
-from host_agent.hypervisors.base import GuestDefinition
-from host_agent.hypervisors.qemu import QemuSettings
+from host_agent.guest_tables import GuestTable, check_distinct, definition
+from host_agent.hypervisors.fleet import AnyDefinition
+from host_agent.hypervisors.libvirt import LibvirtSettings
+from host_agent.hypervisors.monitored import QemuSettings
+from host_agent.hypervisors.proxmox import ProxmoxSettings
 from host_agent.launches.supervisor import Limits
 
 # A launch's RPCs have 60 s at the most (common/rpc), so no step may take longer.
@@ -86,6 +87,30 @@ class QemuTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     stop_timeout: Seconds = 5.0
 
 
+class ProxmoxTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[proxmox]`: where Proxmox VE is, for guests with the driver `proxmox`.
+
+    Attributes:
+        qm: the command.
+        run: the agent's own folder; the virtual machine 100 has its files in 100/ below it.
+        monitors: where the machines' QMP sockets are.
+    """
+
+    qm: Path = ProxmoxSettings.qm
+    run: Path = ProxmoxSettings.run
+    monitors: Path = ProxmoxSettings.monitors
+
+
+class LibvirtTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[libvirt]`: where libvirt is, for guests with the driver `libvirt`.
+
+    Attributes:
+        uri: of the connection.
+    """
+
+    uri: str = LibvirtSettings.uri
+
+
 class LaunchesTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`[launches]`: how long they may take and are kept.
 
@@ -104,20 +129,6 @@ class LaunchesTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     retain_count: Annotated[int, msgspec.Meta(ge=0, le=100_000)] = 1000
 
 
-class GuestTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`[guests.NAME]`: one guest. Policy, session and handle are no keys: they come from the owner.
-
-    Attributes:
-        program: the machine's program (absolute, or a name on the PATH) and its own leading arguments.
-        firmware: the guest's firmware image, an AmdSev build.
-        args: QEMU's arguments, without what the agent adds.
-    """
-
-    program: list[str]
-    firmware: Path
-    args: list[str] = []
-
-
 class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`agent.toml`.
 
@@ -128,6 +139,8 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         device: the platform's SEV device.
         health: where probes ask.
         qemu: how machines are started.
+        proxmox: where Proxmox VE is.
+        libvirt: where libvirt is.
         launches: how long they may take and are kept.
         guests: by name.
     """
@@ -138,6 +151,8 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     device: DeviceTable
     health: HealthSocket = HealthSocket()
     qemu: QemuTable = QemuTable()
+    proxmox: ProxmoxTable = ProxmoxTable()
+    libvirt: LibvirtTable = LibvirtTable()
     launches: LaunchesTable = LaunchesTable()
     guests: dict[str, GuestTable] = {}
 
@@ -151,13 +166,15 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             role=Role.AGENT,
         )
 
-    def definitions(self) -> dict[str, GuestDefinition]:
-        """The guests, each one checked.
+    def definitions(self) -> dict[str, AnyDefinition]:
+        """The guests, whichever driver starts them, each one checked.
 
         Raises:
             InvalidInput: `INVALID_CONFIGURATION`; names the key and says why.
         """
-        return {name: _definition(name, table, self.state_dir) for name, table in self.guests.items()}
+        definitions = {name: definition(name, table, self.state_dir) for name, table in self.guests.items()}
+        check_distinct(definitions)
+        return definitions
 
     def qemu_settings(self) -> QemuSettings:
         """`[qemu]` as the hypervisor takes it."""
@@ -168,6 +185,14 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             command_timeout=self.qemu.command_timeout,
             stop_timeout=self.qemu.stop_timeout,
         )
+
+    def proxmox_settings(self) -> ProxmoxSettings:
+        """`[proxmox]` as the hypervisor takes it."""
+        return ProxmoxSettings(qm=self.proxmox.qm, run=self.proxmox.run, monitors=self.proxmox.monitors)
+
+    def libvirt_settings(self) -> LibvirtSettings:
+        """`[libvirt]` as the hypervisor takes it."""
+        return LibvirtSettings(uri=self.libvirt.uri)
 
     def limits(self) -> Limits:
         """`[launches]` as the supervisor takes it."""
@@ -197,27 +222,6 @@ def load(path: Path, environ: Mapping[str, str]) -> AgentConfig:
         raise _bad("device.path", f"{DEFAULT_PATH} is the kernel's device: the socket driver wants a platform's socket")
     loaded.definitions()
     return loaded
-
-
-def _definition(name: str, table: GuestTable, state_dir: Path) -> GuestDefinition:
-    where = f"guests.{name}"
-    try:
-        wire.name(where, name)
-    except InvalidInput as error:
-        raise _bad(where, "a guest's name is 1 to 128 of A-Z a-z 0-9 . _ -, not starting with . or -") from error
-    if not table.program or not table.program[0]:
-        raise _bad(f"{where}.program", "names no program")
-    if any("\0" in word for word in table.program):
-        raise _bad(f"{where}.program", "holds a zero byte")
-    program = table.program[0]
-    if "/" in program and not Path(program).is_absolute():
-        raise _bad(f"{where}.program", f"{program}: must be an absolute path, or a name to be found on the PATH")
-    if shutil.which(program) is None:
-        raise _bad(f"{where}.program", f"{program}: there is no such program, or it cannot be executed")
-    if not table.firmware.is_file():
-        raise _bad(f"{where}.firmware", f"{table.firmware}: there is no such file")
-    check_definition(f"{where}.args", table.args, state_dir=state_dir.resolve())
-    return GuestDefinition(program=tuple(table.program), firmware=table.firmware, args=tuple(table.args))
 
 
 def _bad(key: str, message: str) -> InvalidInput:

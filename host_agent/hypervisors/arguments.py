@@ -21,6 +21,7 @@ from common.errors import InvalidInput, Reason
 MONITOR = "qmp.sock"  # in the launch's folder, which is the machine's working directory
 GODH_FILE = "godh.b64"
 SESSION_FILE = "session.b64"
+LAUNCH_FILE = "launch.cfg"
 OBJECT_ID = "sevattest0"
 
 
@@ -79,6 +80,7 @@ _CHANNELS = _words("qmp qmp-pretty monitor chardev serial parallel debugcon gdb"
 _CHANNEL_PREFIXES = ("unix:", "file:", "pipe:")
 _OUTPUTS = _words("D pidfile")
 _INPUTS = _words("kernel initrd dtb")
+_CONFIG_PATH_MAX = 900
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,20 +111,37 @@ def check_definition(where: str, args: Sequence[str], *, state_dir: PurePath) ->
     Raises:
         InvalidInput: `INVALID_CONFIGURATION`; names the argument and says why.
     """
-    for index, name, value in _options(where, args):
+    for index, name, value in _checked(where, args):
 
         def refuse(why: str, index: int = index) -> InvalidInput:
             return _refused(f"{where}[{index}]", why)
 
-        rule = _RULES.get(name)
-        if rule is not None:
-            rule(value, refuse)
         if name in _CHANNELS:
             _check_outside(_channel_paths(value), state_dir, refuse)
         if name in _OUTPUTS:
             _check_outside([value], state_dir, refuse)
         if name in _INPUTS and not PurePath(value).is_absolute():
             raise refuse(f"-{name} {value}: must be an absolute path; a machine runs in its launch's own folder")
+
+
+def check_options(
+    where: str, args: Sequence[str], *, flags: frozenset[str], values: frozenset[str]
+) -> list[tuple[str, str]]:
+    """Check the arguments of a machine that somebody else starts; its files and sockets are its own business.
+
+    Args:
+        where: what they are, for messages.
+        args: QEMU's arguments.
+        flags: options without a value that are allowed here, whatever a definition may say.
+        values: options with a value that are allowed here.
+
+    Returns:
+        Name and value of each option.
+
+    Raises:
+        InvalidInput: `INVALID_CONFIGURATION`; names the argument and says why.
+    """
+    return [(name, value) for _, name, value in _checked(where, args, flags, values)]
 
 
 def command_line(program: Sequence[str], args: Sequence[str], options: MachineOptions) -> list[str]:
@@ -167,7 +186,61 @@ def command_line(program: Sequence[str], args: Sequence[str], options: MachineOp
     ]
 
 
-def _options(where: str, args: Sequence[str]) -> Iterator[tuple[int, str, str]]:
+def launch_file(options: MachineOptions, inputs: PurePath) -> str:
+    """The same for a machine that somebody else starts: a configuration file for QEMU's `-readconfig`.
+
+    It holds the sev-guest object, the machine's link to it and the firmware's flash drive. What is left to whoever
+    starts the machine is `-readconfig FILE`, `-S` and a monitor. `kernel-hashes=on` says nothing where there is no
+    `-kernel`.
+
+    Args:
+        options: what the agent adds.
+        inputs: absolute, the folder with the owner's files.
+
+    Raises:
+        InvalidInput: `INVALID_CONFIGURATION`; a path cannot be written into such a file.
+    """
+    sections = {
+        f'object "{OBJECT_ID}"': {
+            "qom-type": "sev-guest",
+            "cbitpos": str(options.cbitpos),
+            "reduced-phys-bits": str(options.reduced_phys_bits),
+            "policy": f"0x{options.policy:x}",
+            "dh-cert-file": str(inputs / GODH_FILE),
+            "session-file": str(inputs / SESSION_FILE),
+            "kernel-hashes": "on",
+        },
+        "machine": {"confidential-guest-support": OBJECT_ID},
+        "drive": {"if": "pflash", "format": "raw", "unit": "0", "readonly": "on", "file": str(options.firmware)},
+    }
+    for path in (str(inputs), str(options.firmware)):
+        # Its values stand in quotes, there is no escape for one, and a line ends at 1023 bytes (util/qemu-config.c).
+        if '"' in path or not path.isprintable() or len(path.encode()) > _CONFIG_PATH_MAX:
+            raise _refused(path, "this path cannot stand in a configuration file of QEMU's")
+    return "\n".join(
+        f"[{section}]\n" + "".join(f'  {key} = "{value}"\n' for key, value in keys.items())
+        for section, keys in sections.items()
+    )
+
+
+def _checked(
+    where: str, args: Sequence[str], flags: frozenset[str] = frozenset(), values: frozenset[str] = frozenset()
+) -> Iterator[tuple[int, str, str]]:
+    """The options, each by the rule that there is for it."""
+    for index, name, value in _options(where, args, flags, values):
+
+        def refuse(why: str, index: int = index) -> InvalidInput:
+            return _refused(f"{where}[{index}]", why)
+
+        rule = _RULES.get(name)
+        if rule is not None:
+            rule(value, refuse)
+        yield index, name, value
+
+
+def _options(
+    where: str, args: Sequence[str], flags: frozenset[str] = frozenset(), values: frozenset[str] = frozenset()
+) -> Iterator[tuple[int, str, str]]:
     """Index, name and value of each option, as QEMU reads the line."""
     index = 0
     while index < len(args):
@@ -177,13 +250,13 @@ def _options(where: str, args: Sequence[str]) -> Iterator[tuple[int, str, str]]:
         if not word.startswith("-") or word == "-":
             raise _refused(place, f"{word!r} is no option; name a disk with -drive")
         name = word.removeprefix("-").removeprefix("-")
-        if name in _REFUSED:
+        if name in _REFUSED and name not in flags | values:
             raise _refused(place, _REFUSED[name])
-        if name in _FLAGS:
+        if name in _FLAGS or name in flags:
             yield index, name, ""
             index += 1
             continue
-        if name not in _VALUES:
+        if name not in _VALUES and name not in values:
             raise _refused(place, f"{word}: the agent does not know this option, so it cannot check it")
         if index + 1 == len(args):
             raise _refused(place, f"{word} needs a value")

@@ -1,7 +1,8 @@
 """What the agent asks of a hypervisor, whichever it is: hold, start, look, measure, inject, resume, end.
 
-One implementation so far, `qemu.py`, which spawns QEMU from a definition. Others (attach, Proxmox, libvirt) take their
-places beside it.
+One Protocol, four drivers (docs/hypervisors.md): `qemu.py` spawns QEMU from a definition, `attach.py` reaches a QEMU
+that somebody else starts, `proxmox.py` has it started by Proxmox VE, `libvirt.py` by libvirt. `fleet.py` picks the
+driver of each guest. What all of them promise is tests/contract/test_hypervisors.py, which runs on each.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 from uuid import UUID
 
 from common.sev.digest.ovmf import Area
@@ -26,6 +27,7 @@ class GuestDefinition:
         args: QEMU's arguments, without what the agent adds.
     """
 
+    driver: ClassVar[str] = "qemu"
     program: tuple[str, ...]
     firmware: Path
     args: tuple[str, ...]
@@ -57,14 +59,35 @@ class MachineId:
     """A process, so that no other is ever taken for it: a pid alone is used again.
 
     Attributes:
-        pid: its pid, which is its session's and process group's too.
+        pid: its pid; of a process of our own also its session's and process group's.
         start_time: field 22 of /proc/PID/stat, clock ticks since boot; does not change over execve.
         boot_id: of the kernel's run, a UUID.
+        starter: it is the command that starts the machine, and the machine itself was not seen yet.
     """
 
     pid: int
     start_time: int
     boot_id: str
+    starter: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """What a launch's record tells of its machine.
+
+    Attributes:
+        launch: the launch that it is for.
+        guest: the guest's name, which may have left the configuration.
+        driver: what started it.
+        folder: the launch's private folder.
+        identity: which process it is; None where it has none on record.
+    """
+
+    launch: UUID
+    guest: str
+    driver: str
+    folder: Path
+    identity: MachineId | None
 
 
 class SevState(StrEnum):
@@ -122,17 +145,20 @@ class Machine(Protocol):
     """
 
     @property
-    def identity(self) -> MachineId:
-        """Which process it is."""
+    def identity(self) -> MachineId | None:
+        """Which process it is. It may be known, or become another one, when `wait_ready` returns.
+
+        None while nobody knows, and always where the hypervisor knows a machine by its launch (libvirt).
+        """
         ...
 
     @property
     def alive(self) -> bool:
-        """Its process exists."""
+        """It exists, or may come into being for this launch at any moment."""
         ...
 
     def release(self) -> None:
-        """Let the program begin, which `Hypervisor.create` held back."""
+        """Let begin what `Hypervisor.create` held back."""
         ...
 
     async def wait_ready(self) -> None:
@@ -172,11 +198,13 @@ class Machine(Protocol):
         ...
 
     async def wait_gone(self) -> None:
-        """Return when its process has ended."""
+        """Return when it has ended."""
         ...
 
     async def end(self) -> None:
-        """End its process and what that started, and wait until they are gone. Does nothing where they are.
+        """End it and what it started, and wait until they are gone. Does nothing where they are.
+
+        A machine that was to come into being does not any more.
 
         Raises:
             Unavailable: `PLATFORM_UNAVAILABLE`; it was killed and does not end.
@@ -184,12 +212,20 @@ class Machine(Protocol):
         ...
 
     def close(self) -> None:
-        """Stop watching the process, which goes on."""
+        """Stop watching it; it goes on."""
         ...
 
 
 class Hypervisor(Protocol):
     """Starts machines and finds them again."""
+
+    def driver(self, guest: str) -> str:
+        """The name of what starts the guest, for the launch's record.
+
+        Raises:
+            NotFound: no such guest.
+        """
+        ...
 
     def secret_area(self, guest: str) -> Area | None:
         """Where the guest's firmware wants its secrets, from the firmware file; None where it has no place for them.
@@ -201,21 +237,26 @@ class Hypervisor(Protocol):
         ...
 
     async def create(self, order: StartOrder) -> Machine:
-        """A machine that holds still before its program's first instruction until `Machine.release`.
+        """A machine that does not begin until `Machine.release`.
 
         It ends by itself when this process ends before that. So a caller who writes the identity down before it calls
         `release` never leaves a machine behind that nobody knows.
 
         Raises:
             NotFound: no such guest.
+            WrongState: `GUEST_BUSY`; the guest has a machine already, which is left alone.
+            InvalidInput: `INVALID_CONFIGURATION`; the guest cannot be started as it is set up on this host.
             PlatformFailed: `HYPERVISOR_FAILED`; it cannot be made.
         """
         ...
 
-    def find(self, guest: str, launch: UUID, folder: Path, identity: MachineId) -> Machine | None:
-        """The machine that was started as `identity`, if that very process still exists."""
+    async def find(self, trace: Trace) -> Machine | None:
+        """The machine of a former run of the agent, if it is the very one and exists, or may still come.
+
+        Where the hypervisor does not say, it counts as one that exists.
+        """
         ...
 
-    async def sweep(self, launch: UUID, identity: MachineId) -> None:
-        """End what the machine that was started as `identity`, and is gone, left behind."""
+    async def sweep(self, trace: Trace) -> None:
+        """Remove what a machine that `find` did not find left behind."""
         ...

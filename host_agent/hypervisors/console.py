@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import BinaryIO
 
+from common.errors import PlatformFailed, Reason
 from host_agent.firmware_errors import find_firmware_error, printable
 
 LOG = "machine.log"
@@ -21,10 +22,19 @@ _QEMU = re.compile(r"^qemu[\w.+-]*: ")
 
 
 def open_log(folder: Path) -> BinaryIO:
-    """A fresh log in the launch's folder, private, in append mode."""
-    descriptor = os.open(
-        folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
-    )
+    """A fresh log in the launch's folder, private, in append mode.
+
+    Raises:
+        PlatformFailed: `HYPERVISOR_FAILED`; it cannot be written.
+    """
+    try:
+        descriptor = os.open(
+            folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
+        )
+    except OSError as error:
+        raise PlatformFailed(
+            Reason.HYPERVISOR_FAILED, f"the machine's log cannot be written: {error.strerror or error}"
+        ) from error
     return open(descriptor, "ab", buffering=0)  # noqa: PTH123 -- from a descriptor, closed by the caller
 
 

@@ -1,4 +1,7 @@
-"""Processes that outlive the agent: held at a gate, known by pid and start time, watched, and ended with their family.
+"""Processes that outlive the agent: known by pid and start time, watched, and ended.
+
+Our own are held at a gate first, and ended with their family. Somebody else's are adopted by pid, and get signals
+through their pidfd alone: nothing else is known to be theirs.
 
 Linux facts used, all from proc(5), pidfd_open(2), setsid(2): a process's start time survives execve; a pidfd stays
 bound to one process and becomes readable when it ends; a session keeps its id while a member lives.
@@ -48,12 +51,12 @@ class _Outliving(subprocess.Popen[bytes]):
 
 
 class Process:
-    """One process of one boot, and the session that it leads.
+    """One process of one boot, and if it is ours the session that it leads.
 
     Must be made on the event loop that watches it.
     """
 
-    def __init__(self, identity: MachineId, pidfd: int, marker: str, child: _Outliving | None) -> None:
+    def __init__(self, identity: MachineId, pidfd: int, marker: str | None, child: _Outliving | None) -> None:
         self.identity = identity
         self._pidfd: int | None = pidfd
         self._marker = marker
@@ -98,8 +101,13 @@ class Process:
         return cls(identity, pidfd, marker, child)
 
     @classmethod
-    def attach(cls, identity: MachineId, *, marker: str) -> Process | None:
-        """The process that `identity` names, if it still exists and is the same; None for any other with its pid."""
+    def attach(cls, identity: MachineId, *, marker: str | None) -> Process | None:
+        """The process that `identity` names, if it still exists and is the same; None for any other with its pid.
+
+        Args:
+            identity: as it was written down.
+            marker: of its launch; None for a process that was adopted.
+        """
         if identity.boot_id != boot_id():
             return None
         try:
@@ -112,6 +120,22 @@ class Process:
             os.close(pidfd)
             return None
         return cls(identity, pidfd, marker, None)
+
+    @classmethod
+    def adopt(cls, pid: int) -> Process | None:
+        """Somebody else's process, whatever has this pid now; None where there is none.
+
+        The caller must see, after this, that it is still the one that was meant.
+        """
+        try:
+            pidfd = os.pidfd_open(pid)
+        except (OSError, ValueError, OverflowError):
+            return None
+        stat = _read_stat(pid)
+        if stat is None or stat.state in "ZX":
+            os.close(pidfd)
+            return None
+        return cls(MachineId(pid=pid, start_time=stat.start_time, boot_id=boot_id()), pidfd, None, None)
 
     @property
     def alive(self) -> bool:
@@ -141,7 +165,7 @@ class Process:
         await self._gone.wait()
 
     async def end(self, grace: float) -> None:
-        """End it and its session: SIGTERM, `grace` seconds, SIGKILL; return when all are gone.
+        """End it, and its session if it is ours: SIGTERM, `grace` seconds, SIGKILL; return when all are gone.
 
         Raises:
             Unavailable: `PLATFORM_UNAVAILABLE`; the kernel does not let go of it, for example in a hung driver.
@@ -153,7 +177,8 @@ class Process:
                     await asyncio.wait_for(self._gone.wait(), grace)
         if self.alive:
             raise Unavailable(Reason.PLATFORM_UNAVAILABLE, "the machine was killed, and its process does not end")
-        await end_family(self.identity.pid, self._marker)
+        if self._marker is not None:
+            await end_family(self.identity.pid, self._marker)
 
     def close(self) -> None:
         """Stop watching; the process goes on."""
@@ -173,9 +198,12 @@ class Process:
         self._gone.set()
 
     def _signal(self, number: signal.Signals) -> None:
-        """Signal the process group. While its leader, which the pidfd watches, lives, the group's number is ours."""
         with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.identity.pid, number)
+            if self._marker is not None:
+                # While its leader, which the pidfd watches, lives, the group's number is ours.
+                os.killpg(self.identity.pid, number)
+            elif self._pidfd is not None:
+                signal.pidfd_send_signal(self._pidfd, number)
 
 
 async def end_family(session: int, marker: str) -> None:

@@ -7,64 +7,32 @@ launch's folder, in a session of its own, and outlives the agent. What it says i
 from __future__ import annotations
 
 import asyncio
-import base64
-import os
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from uuid import UUID
 
-from common.errors import InvalidInput, NotFound, PlatformFailed, Reason, SevattestError, Unavailable
-from common.sev.digest.ovmf import TAIL_SIZE_MAX, Area, parse_footer
+from common.errors import SevattestError, Unavailable
 from host_agent.firmware_errors import hypervisor_failure
-from host_agent.hypervisors import console, qapi
-from host_agent.hypervisors.arguments import GODH_FILE, MONITOR, SESSION_FILE, MachineOptions, command_line
-from host_agent.hypervisors.base import GuestDefinition, Inspection, Machine, MachineId, StartOrder
+from host_agent.hypervisors import console
+from host_agent.hypervisors.arguments import MONITOR, MachineOptions, command_line
+from host_agent.hypervisors.base import GuestDefinition, Machine, MachineId, StartOrder, Trace
+from host_agent.hypervisors.guests import Guests
+from host_agent.hypervisors.inputs import Inputs
+from host_agent.hypervisors.monitored import POLL, MonitoredMachine, QemuSettings
 from host_agent.hypervisors.process import Process, boot_id, end_family
 from host_agent.hypervisors.qmp import MonitorSession, monitor
 
-_POLL = 0.02  # seconds between looks for the monitor's socket
-_MACHINE_FILES = (GODH_FILE, SESSION_FILE)
 
-
-@dataclass(frozen=True, kw_only=True)
-class QemuSettings:
-    """How machines are started and spoken to.
-
-    Attributes:
-        cbitpos: position of the encryption bit in guest page tables (CPUID 8000001F, EBX 5:0).
-        reduced_phys_bits: physical address bits that encryption costs (EBX 11:6).
-        start_timeout: seconds from the program's start to the monitor's first answer.
-        command_timeout: seconds that one monitor command may take.
-        stop_timeout: seconds between SIGTERM and SIGKILL.
-    """
-
-    cbitpos: int
-    reduced_phys_bits: int
-    start_timeout: float
-    command_timeout: float
-    stop_timeout: float
-
-
-class QemuHypervisor:
+class QemuHypervisor(Guests[GuestDefinition]):
     """Starts the guests of the configuration as QEMU processes."""
 
     def __init__(self, guests: Mapping[str, GuestDefinition], settings: QemuSettings) -> None:
-        self._guests = guests
+        super().__init__(guests)
         self._settings = settings
-
-    def define(self, guests: Mapping[str, GuestDefinition]) -> None:
-        """Take other definitions, for the machines that are started from now on."""
-        self._guests = guests
-
-    def secret_area(self, guest: str) -> Area | None:
-        """See `Hypervisor`."""
-        return read_secret_area(self._definition(guest).firmware)
 
     async def create(self, order: StartOrder) -> Machine:
         """See `Hypervisor`."""
-        definition = self._definition(order.guest)
+        definition = self.definition(order.guest)
         argv = command_line(
             definition.program,
             definition.args,
@@ -75,40 +43,31 @@ class QemuHypervisor:
                 policy=order.policy,
             ),
         )
-        try:
-            _write_private(order.folder / GODH_FILE, base64.b64encode(order.godh))
-            _write_private(order.folder / SESSION_FILE, base64.b64encode(order.session))
-            log = console.open_log(order.folder)
-        except OSError as error:
-            raise PlatformFailed(
-                Reason.HYPERVISOR_FAILED, f"the machine's files cannot be written: {error.strerror or error}"
-            ) from error
-        with log:
+        Inputs(order.folder).write(order.godh, order.session)
+        with console.open_log(order.folder) as log:
             process = Process.spawn(argv, folder=order.folder, log=log, marker=str(order.launch))
         return QemuMachine(process, order.folder, definition.program[0], self._settings)
 
-    def find(self, guest: str, launch: UUID, folder: Path, identity: MachineId) -> Machine | None:
+    async def find(self, trace: Trace) -> Machine | None:
         """See `Hypervisor`."""
-        process = Process.attach(identity, marker=str(launch))
+        if trace.identity is None:
+            return None  # its gate never opened
+        process = Process.attach(trace.identity, marker=str(trace.launch))
         # A guest may have left the configuration while its machine went on; the name is for messages only.
-        program = self._guests[guest].program[0] if guest in self._guests else ""
-        return None if process is None else QemuMachine(process, folder, program, self._settings)
+        program = self.guests[trace.guest].program[0] if trace.guest in self.guests else ""
+        return None if process is None else QemuMachine(process, trace.folder, program, self._settings)
 
-    def _definition(self, guest: str) -> GuestDefinition:
-        if guest not in self._guests:
-            raise NotFound(Reason.NOT_FOUND, "no such guest", guest=guest)
-        return self._guests[guest]
-
-    async def sweep(self, launch: UUID, identity: MachineId) -> None:
+    async def sweep(self, trace: Trace) -> None:
         """See `Hypervisor`."""
-        if identity.boot_id == boot_id():
-            await end_family(identity.pid, str(launch))
+        if trace.identity is not None and trace.identity.boot_id == boot_id():
+            await end_family(trace.identity.pid, str(trace.launch))
 
 
-class QemuMachine:
+class QemuMachine(MonitoredMachine):
     """One QEMU process; see `Machine`."""
 
     def __init__(self, process: Process, folder: Path, program: str, settings: QemuSettings) -> None:
+        super().__init__(lambda: self._monitor(settings.command_timeout))
         self._process = process
         self._folder = folder
         self._program = program
@@ -141,12 +100,12 @@ class QemuMachine:
         while True:
             try:
                 # Without a limit of its own: start_timeout is the caller's, and a slow start is no reason to hang up.
-                async with monitor(self._folder, MONITOR, limit=self._settings.start_timeout):
+                async with self._monitor(self._settings.start_timeout):
                     return
             except Unavailable:
                 # No socket yet, or one that closed without a word: both end in a greeting or in the process's death.
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self._process.wait_gone(), _POLL)
+                    await asyncio.wait_for(self._process.wait_gone(), POLL)
             if not self._process.alive:
                 raise self._start_failure("the machine died before its monitor greeted")
 
@@ -155,47 +114,12 @@ class QemuMachine:
         code = self._process.exit_code
         return hypervisor_failure(f"{what} (exit code {code})" if code is not None else what, words)
 
-    async def inspect(self) -> Inspection:
-        """See `Machine`."""
-        async with self._monitor() as session:
-            status = await session.execute("query-status")
-            sev = await session.execute("query-sev")
-        return qapi.inspection(status, sev)
-
-    async def measurement(self) -> bytes:
-        """See `Machine`."""
-        async with self._monitor() as session:
-            return qapi.measurement(await session.execute("query-sev-launch-measure"))
-
-    async def inject(self, header: bytes, payload: bytes) -> None:
-        """See `Machine`."""
-        arguments = {
-            "packet-header": base64.b64encode(header).decode(),
-            "secret": base64.b64encode(payload).decode(),
-            # No gpa: QEMU takes the base of the area in the firmware that it measured.
-        }
-        async with self._monitor() as session:
-            await session.execute("sev-inject-launch-secret", arguments)
-
-    async def resume(self) -> None:
-        """See `Machine`."""
-        async with self._monitor() as session:
-            await session.execute("cont")
-
-    async def report(self, nonce: bytes) -> bytes:
-        """See `Machine`."""
-        arguments = {"mnonce": base64.b64encode(nonce).decode()}
-        async with self._monitor() as session:
-            return qapi.report(await session.execute("query-sev-attestation-report", arguments))
-
-    def _monitor(self) -> AbstractAsyncContextManager[MonitorSession]:
-        return monitor(self._folder, MONITOR, limit=self._settings.command_timeout)
+    def _monitor(self, limit: float) -> AbstractAsyncContextManager[MonitorSession]:
+        return monitor(self._folder, MONITOR, limit=limit)
 
     def forget_inputs(self) -> None:
         """See `Machine`."""
-        for name in _MACHINE_FILES:
-            with suppress(OSError):
-                (self._folder / name).unlink(missing_ok=True)
+        Inputs(self._folder).remove()
 
     def trim_log(self) -> None:
         """See `Machine`."""
@@ -212,29 +136,3 @@ class QemuMachine:
     def close(self) -> None:
         """See `Machine`."""
         self._process.close()
-
-
-def read_secret_area(firmware: Path) -> Area | None:
-    """Where an image wants its secrets; None where it has no place for them.
-
-    Raises:
-        InvalidInput: `INVALID_CONFIGURATION`; the image cannot be read.
-    """
-    try:
-        with firmware.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - TAIL_SIZE_MAX))
-            tail = file.read(TAIL_SIZE_MAX)
-    except OSError as error:
-        raise InvalidInput(
-            Reason.INVALID_CONFIGURATION, f"firmware {firmware} cannot be read: {error.strerror or error}"
-        ) from error
-    return parse_footer(tail).secret_area
-
-
-def _write_private(path: Path, data: bytes) -> None:
-    """A new file that nobody else can open; an old one of that name is not followed and not kept."""
-    path.unlink(missing_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    with open(descriptor, "wb") as file:  # noqa: PTH123 -- from a descriptor
-        file.write(data)

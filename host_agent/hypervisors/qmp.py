@@ -29,6 +29,7 @@ COMMANDS = frozenset(
     {
         "query-status",
         "query-sev",
+        "query-sev-capabilities",
         "query-sev-launch-measure",
         "query-sev-attestation-report",
         "sev-inject-launch-secret",
@@ -45,7 +46,11 @@ _PEERCRED = struct.Struct("iii")  # struct ucred: pid, uid, gid
 
 
 class MonitorSession:
-    """One connection to a machine's monitor, greeted and negotiated."""
+    """One connection to a machine's monitor, greeted and negotiated.
+
+    Attributes:
+        broken: something went wrong with it; it is not used again.
+    """
 
     def __init__(self, client: QMPClient, limit: float) -> None:
         self._client = client
@@ -82,23 +87,21 @@ class MonitorSession:
 
 
 @asynccontextmanager
-async def monitor(folder: Path, name: str, *, limit: float) -> AsyncIterator[MonitorSession]:
+async def monitor(
+    folder: Path, name: str, *, limit: float, listener: int | None = None
+) -> AsyncIterator[MonitorSession]:
     """A connection to the monitor at `folder/name`, closed at the end whatever happens.
 
     Args:
         folder: the launch's folder; its path may be longer than a socket's address can be.
         name: the socket's name.
         limit: seconds for connecting and greeting together, and again for each command.
+        listener: pid of the process that must be listening; None for whichever does.
 
     Raises:
         Unavailable: nobody greets; nothing was sent.
     """
-    try:
-        connection = await asyncio.wait_for(_connect(folder, name), limit)
-    except TimeoutError:
-        raise _unreachable("takes no connection") from None
-    except OSError as error:
-        raise _unreachable(f"cannot be reached: {error.strerror or error}") from error
+    connection, _ = await _reached(folder, name, limit, listener)
     client = QMPClient(readbuflen=_LINE_MAX)
     # Nobody reads events here, and a machine can send them without end.
     client.events.event_filter = _no_event
@@ -123,36 +126,75 @@ def _no_event(_event: object) -> bool:
     return False
 
 
-async def _connect(folder: Path, name: str) -> socket.socket:
-    """A connected socket whose listener runs under our own user."""
+async def is_taken(folder: Path, name: str) -> bool:
+    """Whether a process listens at `folder/name`, whoever it is. Nothing is said to it."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    directory = -1
+    with connection:
+        try:
+            _open(connection, folder, name)
+        except BlockingIOError:  # its backlog is full
+            return True
+        except OSError as error:
+            return error.errno not in {errno.ENOENT, errno.ECONNREFUSED, errno.ENOTDIR}
+    return True
+
+
+async def listening_pid(folder: Path, name: str, *, limit: float) -> int:
+    """The pid of the process that listens at `folder/name`, under our own user; it need not greet.
+
+    Raises:
+        Unavailable: nobody does, or another user.
+    """
+    connection, pid = await _reached(folder, name, limit, None)
+    connection.close()
+    return pid
+
+
+async def _reached(folder: Path, name: str, limit: float, listener: int | None) -> tuple[socket.socket, int]:
     try:
-        directory = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        connection.settimeout(0)
+        return await asyncio.wait_for(_connect(folder, name, listener), limit)
+    except TimeoutError:
+        raise _unreachable("takes no connection") from None
+    except OSError as error:
+        raise _unreachable(f"cannot be reached: {error.strerror or error}") from error
+
+
+async def _connect(folder: Path, name: str, listener: int | None) -> tuple[socket.socket, int]:
+    """A connected socket whose listener runs under our own user, and that process's pid."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
         while True:
             try:
-                # An address holds 107 bytes; this one is short wherever the state directory is.
-                connection.connect(f"/proc/self/fd/{directory}/{name}")
+                _open(connection, folder, name)
                 break
             except BlockingIOError:  # EAGAIN: the backlog is full
                 await asyncio.sleep(_RETRY)
-        _check_listener(connection)
+        peer = _checked_listener(connection, listener)
     except BaseException:
         connection.close()
         raise
+    return connection, peer
+
+
+def _open(connection: socket.socket, folder: Path, name: str) -> None:
+    connection.settimeout(0)
+    directory = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        # An address holds 107 bytes; this one is short wherever the folder is.
+        connection.connect(f"/proc/self/fd/{directory}/{name}")
     finally:
-        if directory >= 0:
-            os.close(directory)
-    return connection
+        os.close(directory)
 
 
-def _check_listener(connection: socket.socket) -> None:
-    """Refuse a monitor that somebody else put in the machine's place."""
+def _checked_listener(connection: socket.socket, listener: int | None) -> int:
+    """The pid of who listens; refuses a monitor that somebody else put in the machine's place."""
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEERCRED.size)
-    _, uid, _ = _PEERCRED.unpack(credentials)
+    pid, uid, _ = _PEERCRED.unpack(credentials)
     if uid != os.geteuid():
         raise PermissionError(errno.EPERM, "its listener belongs to another user")
+    if listener is not None and pid != listener:
+        raise PermissionError(errno.EPERM, "its listener is another process than the machine")
+    return int(pid)
 
 
 async def _greet(client: QMPClient, connection: socket.socket, limit: float) -> None:

@@ -124,7 +124,8 @@ class Custody:
                 f"the machine is {printable(seen.status)} ({seen.state}), not paused before its first instruction",
             )
         self.observe("start: machine checked", launch.launch_id)
-        launch = await self._ledger.save(launch.moved(_E.STARTED, self._clock.now()))
+        # Where somebody else started it, only now is it known which process it is.
+        launch = await self._ledger.save(launch.moved(_E.STARTED, self._clock.now(), machine=machine.identity))
         machine.forget_inputs()
         self.observe("start: done", launch.launch_id)
         return launch

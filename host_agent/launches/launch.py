@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from datetime import datetime
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -16,7 +17,7 @@ from common.errors import Reason, SevattestError, WrongState, rebuild
 from common.sev.digest.ovmf import Area
 from common.sev.errors import ParseError
 from common.sev.measurement import FirmwareVersion
-from host_agent.hypervisors.base import MachineId
+from host_agent.hypervisors.base import MachineId, Trace
 from host_agent.launches.state import FINAL, Event, LaunchState, next_state
 
 # Of the record's form; a reader that finds another one refuses.
@@ -89,7 +90,8 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         state: where it stands.
         create_time: when it was written down, UTC.
         update_time: when its state last changed, UTC.
-        machine: its process, once there is one.
+        driver: what starts its machine.
+        machine: its process, once there is one and the hypervisor knows machines by process.
         measurement: the measurement blob, 48 bytes, once it was handed out.
         firmware: the SEV firmware's version, with the measurement.
         packet: SHA-256 of header and payload of the packet that was, or may have been, injected.
@@ -107,6 +109,7 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     state: LaunchState
     create_time: datetime
     update_time: datetime
+    driver: str = "qemu"
     machine: MachineId | None = None
     measurement: bytes | None = None
     firmware: FirmwareVersion | None = None
@@ -146,6 +149,10 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         if self.state is LaunchState.ABORTED:
             return WrongState(Reason.WRONG_STATE, "the launch was given up", state=self.state.value)
         return WrongState(Reason.WRONG_STATE, f"{wanted} is not due in state {self.state}", state=self.state.value)
+
+    def trace(self, folder: Path) -> Trace:
+        """What is known of its machine, whose files are in `folder`."""
+        return Trace(launch=self.launch_id, guest=self.guest, driver=self.driver, folder=folder, identity=self.machine)
 
     def encode(self) -> bytes:
         """The record's bytes: JSON, for people with an editor and a problem."""

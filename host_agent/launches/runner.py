@@ -296,6 +296,7 @@ class Runner:
                 guest=order.guest,
                 policy=order.policy,
                 secret_area=area,
+                driver=self._hypervisor.driver(order.guest),
                 state=_S.STARTING,
                 create_time=now,
                 update_time=now,

@@ -119,13 +119,12 @@ class Supervisor:
         async with self._ledger.lock(launch_id):
             launch = self._ledger.find(launch_id)
             assert launch is not None  # noqa: S101 -- it was just listed
-            if launch.machine is not None:
-                folder = self._ledger.folders.folder(launch_id)
-                machine = self._hypervisor.find(launch.guest, launch_id, folder, launch.machine)
-                if machine is None:
-                    await self._hypervisor.sweep(launch_id, launch.machine)
-                else:
-                    self._custody.take(launch_id, machine)
+            trace = launch.trace(self._ledger.folders.folder(launch_id))
+            machine = await self._hypervisor.find(trace)
+            if machine is None:
+                await self._hypervisor.sweep(trace)
+            else:
+                self._custody.take(launch_id, machine)
             await self._bring_in_line(launch)
 
     async def _look_after(self, launch_id: UUID) -> None:

@@ -21,7 +21,8 @@ from common.sev.certs.sev import SevCertificate, encode
 from common.sev.measurement import FirmwareVersion
 from host_agent.devices import PlatformStatus
 from host_agent.hypervisors.base import GuestDefinition
-from host_agent.hypervisors.qemu import QemuHypervisor, QemuSettings
+from host_agent.hypervisors.monitored import QemuSettings
+from host_agent.hypervisors.qemu import QemuHypervisor
 from host_agent.launches.custody import Custody
 from host_agent.launches.launch import Launch
 from host_agent.launches.ledger import Ledger

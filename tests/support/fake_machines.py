@@ -11,7 +11,7 @@ from uuid import UUID
 from common.errors import OutcomeUnknown, PlatformFailed, Reason, Refused, Unavailable
 from common.sev.digest.ovmf import Area
 from common.sev.measurement import FirmwareVersion
-from host_agent.hypervisors.base import Inspection, Machine, MachineId, SevState, StartOrder
+from host_agent.hypervisors.base import Inspection, Machine, MachineId, SevState, StartOrder, Trace
 from host_agent.store.folders import LaunchFolders
 
 Packet = tuple[bytes, bytes]
@@ -68,6 +68,10 @@ class FakeHypervisor:
     next_fault: str | None = None
     start_fault: str | None = None
 
+    def driver(self, guest: str) -> str:
+        assert guest
+        return "qemu"
+
     def secret_area(self, guest: str) -> Area | None:
         assert guest
         return Area(base=0x810000, size=0xC00)
@@ -77,15 +81,13 @@ class FakeHypervisor:
         guest = self.guests[identity] = Guest(identity=identity, policy=order.policy)
         return FakeMachine(self, guest)
 
-    def find(self, guest: str, launch: UUID, folder: Path, identity: MachineId) -> Machine | None:
-        assert guest
-        del launch, folder  # a real machine's mark and socket
-        found = self.guests[identity]
-        return FakeMachine(self, found) if found.alive else None
+    async def find(self, trace: Trace) -> Machine | None:
+        assert trace.driver == "qemu"
+        found = None if trace.identity is None else self.guests[trace.identity]
+        return FakeMachine(self, found) if found is not None and found.alive else None
 
-    async def sweep(self, launch: UUID, identity: MachineId) -> None:
-        del launch  # a real family's mark
-        assert identity in self.guests
+    async def sweep(self, trace: Trace) -> None:
+        assert trace.identity is None or trace.identity in self.guests
 
     def fault(self) -> str | None:
         """The next fault, once."""

@@ -14,6 +14,7 @@ from common.errors import InvalidInput, Reason
 from common.rpc.identity import Role
 from host_agent import cli
 from host_agent.config import AgentConfig, load
+from host_agent.hypervisors.base import GuestDefinition
 from tests.support.firmware import amdsev_image, secret_entry, with_footer
 from tests.support.pki import DATACENTER_DOMAIN, Pki
 
@@ -68,6 +69,7 @@ def test_the_kernels_device_is_where_the_kernel_puts_it_and_a_socket_has_no_such
 
 def test_a_guest_is_defined_by_program_firmware_and_arguments(folder: Path) -> None:
     guest = read(folder, MINIMAL + GUEST).definitions()["web"]
+    assert isinstance(guest, GuestDefinition)
     assert guest.program == ("/bin/true", "--own")
     assert guest.firmware == folder / "OVMF.fd"
     assert guest.args == ("-m", "1G")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import PlatformFailed
 from host_agent.hypervisors.console import LOG, last_words, open_log, trim_log
 
 FIRMWARE = "sev_launch_start: LAUNCH_START ret=1 fw_error=11 'Bad measurement'"
@@ -51,7 +52,7 @@ def test_the_log_is_private_and_starts_empty(tmp_path: Path) -> None:
 
 def test_a_link_in_the_logs_place_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / LOG).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(OSError, match="symbolic links"):
+    with pytest.raises(PlatformFailed, match="symbolic links"):
         open_log(tmp_path)
 
 

@@ -68,7 +68,7 @@ async def test_only_the_agents_commands_can_be_said(qemu: Script) -> None:
 
 
 async def test_the_list_of_commands_is_short() -> None:
-    assert len(COMMANDS) == 6
+    assert len(COMMANDS) == 7
     assert IRREVERSIBLE <= COMMANDS
 
 

@@ -115,7 +115,7 @@ class TestRestart:
             identity = launch.machine
             assert identity is not None
             other = MachineId(pid=identity.pid, start_time=identity.start_time, boot_id=str(uuid4()))
-            assert agent.hypervisor.find("web", launch.launch_id, tmp_path, other) is None
+            assert await agent.hypervisor.find(replace(launch.trace(tmp_path), identity=other)) is None
 
     async def test_a_restarted_agent_remembers_its_requests(self, tmp_path: Path) -> None:
         device = FakeDevice()

@@ -1,0 +1,80 @@
+"""What a machine is given of the owner's: GODH and session as files that nobody else can open.
+
+Names are fixed; nothing of them comes from the wire. Where the machine is started by somebody else, the files are in a
+folder that the guest's definition names, together with a configuration file for QEMU's `-readconfig` that says all
+that the agent would say on a command line of its own. That file is written last and removed first: while it is there,
+a launch is waiting for its machine.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import stat
+from contextlib import suppress
+from pathlib import Path
+
+from common.errors import PlatformFailed, Reason
+from host_agent.hypervisors.arguments import GODH_FILE, LAUNCH_FILE, SESSION_FILE
+
+_NAMES = (LAUNCH_FILE, GODH_FILE, SESSION_FILE)  # in the order in which they are removed
+
+
+class Inputs:
+    """The files of one guest's launch in `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def prepare(self) -> None:
+        """Make the folder private, or see that it is.
+
+        Raises:
+            PlatformFailed: `HYPERVISOR_FAILED`; somebody else could read or replace what is in it.
+        """
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            found = self.folder.lstat()
+        except OSError as error:
+            raise _failed(f"{self.folder} cannot be made: {error.strerror or error}") from error
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+            raise _failed(f"{self.folder} is not a folder of the agent's own with mode 0700")
+
+    def write(self, godh: bytes, session: bytes, launch: str | None = None) -> None:
+        """Write them anew.
+
+        Args:
+            godh: the owner's certificate.
+            session: the session blob.
+            launch: content of QEMU's configuration file, where the machine is started by somebody else.
+
+        Raises:
+            PlatformFailed: `HYPERVISOR_FAILED`; they cannot be written. Nothing is left of them.
+        """
+        try:
+            self._write(GODH_FILE, base64.b64encode(godh))
+            self._write(SESSION_FILE, base64.b64encode(session))
+            if launch is not None:
+                self._write(LAUNCH_FILE, launch.encode())
+        except OSError as error:
+            self.remove()
+            raise _failed(f"the machine's files cannot be written: {error.strerror or error}") from error
+
+    def remove(self) -> None:
+        """Remove them; the machine has read them, or is not to."""
+        for name in _NAMES:
+            with suppress(OSError):
+                (self.folder / name).unlink(missing_ok=True)
+
+    def _write(self, name: str, data: bytes) -> None:
+        """A new file that nobody else can open; it appears whole, and an old one of that name is not followed."""
+        new = self.folder / f"{name}.new"
+        new.unlink(missing_ok=True)
+        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        with open(descriptor, "wb") as file:  # noqa: PTH123 -- from a descriptor
+            file.write(data)
+        new.replace(self.folder / name)
+
+
+def _failed(why: str) -> PlatformFailed:
+    return PlatformFailed(Reason.HYPERVISOR_FAILED, why)
