@@ -2,12 +2,13 @@
 
 Both programs run unmodified under `sevattest platform run`, through the ioctl. The program is found on the PATH or
 named by SEVATTEST_SEVCTL; `cargo install sevctl --version 0.6.2 --locked` makes it (Debian: libssl-dev, pkg-config).
-`sevctl export` is not here: it knows AMD's key service only.
+`sevctl export` knows AMD's key service only, so a proxy stands in for that.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -17,10 +18,12 @@ from pathlib import Path
 import pytest
 
 from common.sev.certs.oca import read_key, read_oca
+from tests.support.key_service_proxy import key_service_proxy
 from tests.support.platform import SEVATTEST, Platform, running_platform
 
 Words = list[str | Path]
 _LIMIT = 60.0
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # sevctl's, also where nobody sees it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +32,7 @@ class Host:
 
     platform: Platform
     sevctl: tuple[str, ...]
+    environ: dict[str, str]
 
     def ours(self, *words: str | Path) -> tuple[int, str]:
         """Exit code and stdout of `sevattest`."""
@@ -46,7 +50,10 @@ class Host:
 
     def _run(self, *words: str | Path) -> tuple[int, str]:
         front: Words = [*SEVATTEST, "platform", "run", "--state", self.platform.state, "--"]
-        done = subprocess.run([*front, *words], check=False, capture_output=True, text=True, timeout=_LIMIT)
+        environ = os.environ | self.environ
+        done = subprocess.run(
+            [*front, *words], check=False, capture_output=True, text=True, timeout=_LIMIT, env=environ
+        )
         return done.returncode, done.stdout
 
 
@@ -58,8 +65,11 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     version = subprocess.run([program, "--version"], check=True, capture_output=True, text=True).stdout
     if version != "sevctl 0.6.2\n":
         pytest.skip(f"this is about sevctl 0.6.2, not {version.strip()}")
-    with running_platform(tmp_path_factory.mktemp("p")) as platform:
-        host = Host(platform=platform, sevctl=(program,))
+    with (
+        running_platform(tmp_path_factory.mktemp("p"), key_service=True) as platform,
+        key_service_proxy(tmp_path_factory.mktemp("kds"), str(platform.key_service)) as environ,
+    ):
+        host = Host(platform=platform, sevctl=(program,), environ=environ)
         if host._run("true")[0]:
             pytest.skip("system calls cannot be intercepted here (seccomp user notification)")
         yield host
@@ -101,6 +111,26 @@ def test_sevctl_verifies_what_ours_exports_and_refuses_it_under_another_root(hos
     (tmp_path / "damaged").write_bytes(damaged)
     assert host.theirs("verify", "--sev", tmp_path / "damaged", "--ca", host.platform.ask_ark)[0] == 1
     assert host.theirs("verify", "--sev", chain)[0] == 1
+
+
+def test_both_export_the_same_bytes(host: Host, tmp_path: Path) -> None:
+    ours, theirs, other = (tmp_path / name for name in ("ours", "theirs", "other"))
+    # With the key service that is the default of both.
+    assert host.ours("export", "--ca", host.platform.ask_ark, "--cache", tmp_path / "cache", ours) == (0, "")
+    assert host.theirs("export", theirs) == (0, "")
+    assert ours.read_bytes() == theirs.read_bytes()
+    assert host.ours("rotate") == (0, "")
+    assert host.theirs("export", other) == (0, "")
+    assert other.read_bytes() != theirs.read_bytes()
+
+
+def test_both_verify_the_host_that_they_are_on(host: Host) -> None:
+    words: Words = ["verify", "--ca", host.platform.ask_ark]
+    code, tree = host.ours(*words)
+    their_code, their_tree = host.theirs(*words)
+    assert code == their_code == 0
+    assert tree.splitlines() == _COLOUR.sub("", their_tree).splitlines()
+    assert host.theirs("verify")[0] == host.ours("verify")[0] == 1, "not AMD's"
 
 
 def test_quiet_is_as_quiet(host: Host, tmp_path: Path) -> None:
