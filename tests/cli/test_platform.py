@@ -93,7 +93,7 @@ def test_the_tree_is_verified_only_under_the_root_in_the_folder(tmp_path: Path) 
         (["serve"], "the following arguments are required: --state"),
         (["qemu", "--state", "{}", "-S"], "sevattest: only the built-in machine is there"),
         (["qemu", "--builtin", "-S"], "the following arguments are required: --state"),
-        ([], "the following arguments are required: serve|qemu|firmware|show"),
+        ([], "the following arguments are required: serve|qemu|run|firmware|show"),
     ],
 )
 def test_what_cannot_be_is_said_in_a_sentence(tmp_path: Path, words: list[str], message: str) -> None:
