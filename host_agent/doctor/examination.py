@@ -59,16 +59,17 @@ async def examine(question: Question) -> list[Finding]:
         c_bit = None if agent is None else agent.qemu.cbitpos
         findings += processor.probe(cpu, es=question.es, c_bit=c_bit)
         path = DEFAULT_PATH if agent is None else str(agent.device.path)
-        findings += kernel.probe(question.machine, es=question.es, es_asids=cpu.es_asids, device=path)
+        findings += kernel.probe(question.machine, cpu, es=question.es, device=path)
+    snp = driver != SOFTWARE_PLATFORM and kernel.snp_is_on(question.machine)
     if question.captured:
         findings.append(skipped("firmware.answers", "a machine that was written down has no firmware to ask"))
+        findings.append(firmware.snp_mode(None, es=question.es, snp=snp))
     elif (device := _device(agent, findings)) is not None:
-        software = driver == SOFTWARE_PLATFORM
         answers = firmware.probe(
             device,
-            generation="emulated" if software else cpu.generation,
+            generation="emulated" if driver == SOFTWARE_PLATFORM else cpu.generation,
             es=question.es,
-            snp=not software and kernel.snp_is_on(question.machine),
+            snp=snp,
             key_service=question.key_service,
             roots=question.roots,
         )
@@ -125,11 +126,12 @@ def _guests(question: Question, agent: AgentConfig | None) -> Iterator[Finding]:
         yield skipped("guest", "the configuration has no guests", "add [guests.NAME] to agent.toml")
     asked: set[tuple[str, ...]] = set()
     for name, table in sorted(agent.guests.items()):
-        program = tuple(table.program)
+        # Guests that somebody else starts have no program of the agent's.
+        program, args = (tuple(getattr(table, key, None) or ()) for key in ("program", "args"))
         if program and program not in asked:
             asked.add(program)
             yield from qemu.probe(question.machine, program, of=name)
-        yield from guests.probe(question.machine, name, table.firmware, table.args, es=question.es)
+        yield from guests.probe(question.machine, name, table.firmware, args, es=question.es)
 
 
 def _lock_limit(machine: Machine) -> Finding:

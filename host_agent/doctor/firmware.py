@@ -17,6 +17,7 @@ from common.sev.certs.roots import Root
 from common.sev.certs.verify import VerifiedPlatform, attach_cek, verify_platform
 from common.sev.errors import ParseError
 from common.sev.floors import FLOORS
+from common.sev.measurement import FirmwareVersion
 from host_agent.devices import Device, PlatformStatus, pdh_fingerprint
 from host_agent.doctor.findings import Finding, failed, passed, skipped, warned
 
@@ -48,12 +49,14 @@ async def probe(
     except SevattestError as error:
         advice = error.fields.get("hint", "look at `dmesg | grep -e ccp -e SEV`")
         yield failed("firmware.answers", error.message, advice)
+        if snp:
+            yield snp_mode(None, es=es, snp=snp)
         return
     yield passed("firmware.answers", _described(status))
     for finding in _version(status, generation):
         yield finding
     yield _es(status, es=es)
-    yield _snp(status, es=es, snp=snp)
+    yield snp_mode(status.firmware, es=es, snp=snp)
     if status.state is PlatformState.UNINIT:
         advice = "start a guest, or run `sev-host-agent selftest`, which exports the certificates"
         yield skipped("pdh.stable", "the platform is not initialised, and an export would initialise it", advice)
@@ -99,14 +102,20 @@ def _es(status: PlatformStatus, *, es: bool) -> Finding:
     return complain("firmware.es", "not initialised for SEV-ES", advice)
 
 
-def _snp(status: PlatformStatus, *, es: bool, snp: bool) -> Finding:
+def snp_mode(firmware: FirmwareVersion | None, *, es: bool, snp: bool) -> Finding:
+    """What SNP mode means for SEV-ES guests.
+
+    Args:
+        firmware: its version; None where it does not answer.
+        es: whether guests with SEV-ES are to be launched.
+        snp: whether the host is in SNP mode.
+    """
     if not snp:
         return passed("firmware.snp", "the host is not in SNP mode")
     advice = "switch SNP off on hosts for SEV-ES guests: kvm_amd.sev_snp=0, or SNP memory coverage in the BIOS"
-    if status.firmware[:2] >= _REFUSES_ES_BESIDE_SNP:
-        complain = failed if es else warned
-        return complain("firmware.snp", "the host is in SNP mode: this firmware refuses SEV-ES guests", advice)
-    seen = "the host is in SNP mode: newer firmware refuses SEV-ES guests there (CVE-2025-48514)"
+    if es and firmware is not None and firmware[:2] >= _REFUSES_ES_BESIDE_SNP:
+        return failed("firmware.snp", "the host is in SNP mode: this firmware refuses SEV-ES guests", advice)
+    seen = "the host is in SNP mode: firmware of API 1.58 and later refuses SEV-ES guests there (CVE-2025-48514)"
     return warned("firmware.snp", seen, advice)
 
 

@@ -127,10 +127,10 @@ def memory(machine: Machine, probe_id: str, options: Options, firmware_size: int
     wanted = ram + firmware_size + _ROMS
     if soft < 0 or _may_lock(machine):
         return passed(probe_id, f"no limit for the {ram // _MIB} MiB that a guest pins")
-    seen = f"{soft // _MIB} MiB may be locked, the guest pins {wanted // _MIB} MiB"
+    seen = f"{soft >> 10} KiB may be locked, the guest pins {wanted >> 10} KiB"
     if soft >= wanted:
         return passed(probe_id, seen)
-    more = f" (the hard limit is {hard // _MIB} MiB)" if hard >= 0 else ""
+    more = f" (the hard limit is {hard >> 10} KiB)" if hard >= 0 else ""
     return failed(probe_id, seen, f"set LimitMEMLOCK=infinity in the agent's unit, or memlock in limits.conf{more}")
 
 

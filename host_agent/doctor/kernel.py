@@ -11,13 +11,15 @@ from collections.abc import Iterator
 
 from host_agent.doctor.findings import Finding, failed, passed, skipped, warned
 from host_agent.doctor.machine import Machine
+from host_agent.doctor.processor import SYSCFG_SME, Processor
 
 KVM_PARAMETERS = "/sys/module/kvm_amd/parameters"
 _ON = frozenset({"Y", "1"})
 _CGROUP = "/sys/fs/cgroup"
-_OFF_ON_COMMAND_LINE = ("kvm_amd.sev=0", "kvm_amd.sev=n", "kvm_amd.sev=N")
-_ES_OFF_ON_COMMAND_LINE = ("kvm_amd.sev_es=0", "kvm_amd.sev_es=n", "kvm_amd.sev_es=N")
+_OFF = ("kvm_amd.sev=0", "kvm_amd.sev=n", "kvm_amd.sev=N")
+_ES_OFF = ("kvm_amd.sev_es=0", "kvm_amd.sev_es=n", "kvm_amd.sev_es=N")
 _PARAMETERS_ADVICE = "put `kvm_amd.sev=1 kvm_amd.sev_es=1` on the kernel's command line and reboot"
+_ASID_LIMIT = "raise the BIOS's `SEV-ES ASID Space Limit` first, which is 1"
 
 
 def parameter(machine: Machine, name: str) -> str | None:
@@ -33,35 +35,54 @@ def snp_is_on(machine: Machine) -> bool:
     return parameter(machine, "sev_snp") in _ON
 
 
-def probe(machine: Machine, *, es: bool, es_asids: int | None, device: str) -> Iterator[Finding]:
+def probe(machine: Machine, cpu: Processor, *, es: bool, device: str) -> Iterator[Finding]:
     """What the kernel means for launches.
 
     Args:
         machine: to look at.
+        cpu: its processor: what the BIOS does not give, the kernel switches off by itself.
         es: whether guests with SEV-ES are to be launched.
-        es_asids: how many of them the BIOS leaves room for; None where not known.
         device: path of the SEV device.
     """
-    yield _command_line(machine, es=es)
+    off = _switched_off(machine, es=es)
+    yield _command_line(machine, off)
     yield _kvm(machine)
-    yield _switch(machine, "sev", "kvm.sev", _PARAMETERS_ADVICE, fatal=True)
-    # The kernel switches SEV-ES off by itself where the BIOS leaves it no ASID.
-    advice = "raise the BIOS's `SEV-ES ASID Space Limit` first, which is 1" if es_asids == 0 else _PARAMETERS_ADVICE
-    yield _switch(machine, "sev_es", "kvm.sev_es", advice, fatal=es)
+    sev, sev_es = parameter(machine, "sev"), parameter(machine, "sev_es")
+    yield _switch("sev", "kvm.sev", sev, advice=_why_off(cpu, off), fatal=True)
+    if sev is not None and sev_es is None:
+        complain = failed if es else warned
+        yield complain("kvm.sev_es", "this kernel's KVM knows no SEV-ES", "use Linux 5.11 or newer")
+    else:
+        advice = _ASID_LIMIT if sev in _ON and cpu.es_asids == 0 else _why_off(cpu, off)
+        yield _switch("sev_es", "kvm.sev_es", sev_es, advice=advice, fatal=es)
     yield _free_asids(machine, es=es)
     yield from _device(machine, device)
 
 
-def _command_line(machine: Machine, *, es: bool) -> Finding:
+def _switched_off(machine: Machine, *, es: bool) -> str | None:
+    """The word of the kernel's command line that switches SEV or SEV-ES off; None where there is none."""
+    try:
+        words = machine.text("/proc/cmdline").split()
+    except OSError:
+        return None
+    return next((off for off in _OFF + (_ES_OFF if es else ()) if off in words), None)
+
+
+def _why_off(cpu: Processor, off: str | None) -> str:
+    if off is not None:
+        return f"take {off} out of the kernel's command line and reboot"
+    if cpu.switched_on(SYSCFG_SME) is False:
+        return "enable SMEE in the BIOS first: without it the kernel switches SEV off"
+    return f"{_PARAMETERS_ADVICE}; where they are there, see device.present: without its firmware KVM switches SEV off"
+
+
+def _command_line(machine: Machine, off: str | None) -> Finding:
     try:
         words = machine.text("/proc/cmdline").split()
     except OSError as error:
         return skipped("kernel.command_line", f"/proc/cmdline cannot be read: {error.strerror}")
-    for off in _OFF_ON_COMMAND_LINE + (_ES_OFF_ON_COMMAND_LINE if es else ()):
-        if off in words:
-            return failed(
-                "kernel.command_line", f"says {off}", f"take {off} out of the kernel's command line and reboot"
-            )
+    if off is not None:
+        return failed("kernel.command_line", f"says {off}", f"take {off} out of the kernel's command line and reboot")
     if "mem_encrypt=off" in words:
         return warned(
             "kernel.command_line", "says mem_encrypt=off", "say mem_encrypt=on, so that the host encrypts too"
@@ -81,8 +102,7 @@ def _kvm(machine: Machine) -> Finding:
     return passed("kvm.device", f"/dev/kvm answers, API version {version}")
 
 
-def _switch(machine: Machine, name: str, probe_id: str, advice: str, *, fatal: bool) -> Finding:
-    value = parameter(machine, name)
+def _switch(name: str, probe_id: str, value: str | None, *, advice: str, fatal: bool) -> Finding:
     if value in _ON:
         return passed(probe_id, f"kvm_amd's parameter {name} is {value}")
     complain = failed if fatal else warned

@@ -128,7 +128,7 @@ def _switch(name: str, feature: int, switch: int) -> Callable[[Machine, Processo
 
     def check(_: Machine, cpu: Processor) -> _Result:
         on = cpu.switched_on(switch)
-        if cpu.has(feature) and on is None:
+        if not cpu.knows(feature) or (cpu.has(feature) and on is None):
             return Outcome.SKIP, name, cpu.blind
         return _verdict(cpu.has(feature) and bool(on), name)
 
@@ -152,6 +152,8 @@ def _number(name: str, read: Callable[[Registers], int]) -> Callable[[Machine, P
 
 
 def _page_flush(_: Machine, cpu: Processor) -> _Result:
+    if not cpu.knows(processor.PAGE_FLUSH):
+        return Outcome.SKIP, "Page flush MSR", cpu.blind
     # Information, not a requirement: hardware without it lacks nothing that a guest needs.
     state = "ENABLED" if cpu.has(processor.PAGE_FLUSH) else "DISABLED"
     return Outcome.PASS, f"Page flush MSR: {state}", ""

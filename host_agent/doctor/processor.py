@@ -46,7 +46,7 @@ class Processor:
         flags: of /proc/cpuinfo: what the kernel uses.
         encryption: CPUID 8000001F; None where CPUID cannot be read.
         syscfg: MSR C0010010; None where it cannot be read.
-        blind: why CPUID or the MSR cannot be read, a sentence; empty where both can.
+        blind: why CPUID, the MSR or both cannot be read; empty where both can.
     """
 
     vendor: str
@@ -73,6 +73,10 @@ class Processor:
         if self.family is None or self.model is None or self.stepping is None:
             return None
         return parse_cpu(f"{self.family}-{self.model}-{self.stepping}")
+
+    def knows(self, bit: int) -> bool:
+        """Whether anything tells of a bit of CPUID 8000001F EAX."""
+        return self.encryption is not None or bit in _FLAGS
 
     def has(self, bit: int) -> bool:
         """Whether it has what a bit of CPUID 8000001F EAX says; by the kernel's word where CPUID cannot be read."""
@@ -126,7 +130,7 @@ def look(machine: Machine) -> Processor:
             flags=flags,
             encryption=None,
             syscfg=syscfg,
-            blind=why.message,
+            blind=f"{why.message}; {blind}" if blind else why.message,
         )
     return Processor(
         vendor=vendor,

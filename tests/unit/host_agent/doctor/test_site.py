@@ -1,0 +1,79 @@
+"""The agent's folder and clock."""
+
+from __future__ import annotations
+
+import os
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from host_agent.doctor.captured import CapturedMachine
+from host_agent.doctor.site import clock, state_dir
+from tests.support.hosts import changed, host, outcomes
+
+NOW = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
+
+
+def look(folder: Path, mounts: str | None = None, *, scratch: Path | None = None) -> dict[str, str]:
+    machine = host("rome-sev-es")
+    if mounts is not None and scratch is not None:
+        machine = CapturedMachine(changed(scratch, "rome-sev-es", {"proc/self/mountinfo": mounts}))
+    return outcomes([*state_dir(machine, folder)])
+
+
+@pytest.mark.parametrize(("mode", "outcome"), [(0o700, "PASS"), (0o750, "WARN"), (0o701, "WARN"), (0o770, "FAIL")])
+def test_others_have_no_business_in_the_folder(tmp_path: Path, mode: int, outcome: str) -> None:
+    folder = tmp_path / "state"
+    folder.mkdir()
+    folder.chmod(mode)
+    assert look(folder)["state_dir.private"] == outcome
+
+
+def test_a_folder_that_is_not_there_is_not_made(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "state"
+    assert look(folder)["state_dir.private"] == "PASS"
+    assert not folder.exists()
+    assert not folder.parent.exists()
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "state").write_text("")
+    assert look(tmp_path / "state")["state_dir.private"] == "FAIL"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_cannot_be_made_fails(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    assert look(tmp_path / "state")["state_dir.private"] == "FAIL"
+
+
+@pytest.mark.parametrize(
+    ("kind", "outcome"),
+    [("ext4", "PASS"), ("xfs", "PASS"), ("tmpfs", "WARN"), ("nfs4", "FAIL"), ("cifs", "FAIL"), ("fuse.sshfs", "FAIL")],
+)
+def test_the_folder_is_on_a_disk_of_the_host(tmp_path: Path, kind: str, outcome: str) -> None:
+    folder = tmp_path / "my state"
+    folder.mkdir()
+    escaped = str(folder.resolve()).replace(" ", "\\040")
+    mounts = f"22 1 253:0 / / rw - btrfs /dev/vda1 rw\n30 22 0:31 / {escaped} rw,relatime shared:9 - {kind} x rw\n"
+    assert look(folder, mounts, scratch=tmp_path)["state_dir.local"] == outcome
+
+
+def test_a_mount_beside_the_folder_is_not_the_folders(tmp_path: Path) -> None:
+    mounts = f"22 1 253:0 / / rw - ext4 /dev/vda1 rw\n30 22 0:31 / {tmp_path.resolve()}/stat rw - nfs4 x rw\n"
+    assert look(tmp_path / "state", mounts, scratch=tmp_path)["state_dir.local"] == "PASS"
+
+
+@pytest.mark.parametrize(
+    ("ahead", "outcome"), [(timedelta(hours=-1), "PASS"), (timedelta(minutes=5), "PASS"), (timedelta(days=1), "FAIL")]
+)
+def test_a_configuration_from_the_future_shows_a_clock_that_is_behind(ahead: timedelta, outcome: str) -> None:
+    assert str(clock(host("rome-sev-es"), now=NOW, written=NOW + ahead).outcome) == outcome
+
+
+@pytest.mark.parametrize(
+    ("name", "outcome"), [("rome-sev-es", "PASS"), ("virtual-machine", "WARN"), ("rome-unprivileged", "SKIP")]
+)
+def test_a_clock_that_nothing_keeps_right_warns(name: str, outcome: str) -> None:
+    assert str(clock(host(name), now=NOW, written=None).outcome) == outcome
