@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from common.sev.certs.oca import read_key, read_oca
-from tests.support.key_service_proxy import key_service_proxy
+from tests.support.kds_proxy import key_service
 from tests.support.platform import SEVATTEST, Platform, running_platform
 
 Words = list[str | Path]
@@ -66,10 +66,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     if version != "sevctl 0.6.2\n":
         pytest.skip(f"this is about sevctl 0.6.2, not {version.strip()}")
     with (
-        running_platform(tmp_path_factory.mktemp("p"), key_service=True) as platform,
-        key_service_proxy(tmp_path_factory.mktemp("kds"), str(platform.key_service)) as environ,
+        running_platform(tmp_path_factory.mktemp("p")) as platform,
+        key_service(tmp_path_factory.mktemp("kds"), platform.kds) as environ,
     ):
-        host = Host(platform=platform, sevctl=(program,), environ=environ)
+        host = Host(platform=platform, sevctl=(program,), environ=environ | {"NO_PROXY": "", "no_proxy": ""})
         if host._run("true")[0]:
             pytest.skip("system calls cannot be intercepted here (seccomp user notification)")
         yield host
