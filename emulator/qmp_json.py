@@ -316,7 +316,7 @@ def _unescape(found: re.Match[str]) -> str:
 
 
 def dump(message: object, *, pretty: bool = False) -> bytes:
-    r"""One reply or event as QEMU writes it: ASCII, upper-case escapes, `\r\n` at its end; on one line or, pretty, many."""
+    r"""One reply or event as QEMU writes it: ASCII, upper-case escapes, `\r\n` at its end; pretty: on many lines."""
     text = re.sub(r"\\(u[0-9a-f]{4}|.)", _upper, "".join(_pieces(message, pretty=pretty)))
     return text.replace("\x7f", "\\u007F").encode("ascii") + b"\r\n"
 

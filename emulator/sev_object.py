@@ -12,6 +12,7 @@ from common.sev.abi import PolicyBit
 from emulator.errors import MachineDied
 
 _PART = re.compile(r"(?:[^,]|,,)+")
+_NUMBER = re.compile(r"0[xX][0-9a-fA-F]{1,16}|0[0-7]{0,21}|[1-9][0-9]{0,19}")
 _SWITCH = {"on": True, "yes": True, "true": True, "y": True, "off": False, "no": False, "false": False, "n": False}
 
 
@@ -86,10 +87,9 @@ def sev_guest(value: str, identifier: str, given: dict[str, str], *, extra: froz
         raise MachineDied(f"-object {value}: Parameter 'reduced-phys-bits' is missing")
 
     def number(key: str, default: int) -> int:
-        try:
-            parsed = int(given.get(key, str(default)), 0)
-        except ValueError:
-            parsed = -1
+        text = given.get(key, str(default))
+        # C's notation, in which a leading zero makes it octal.
+        parsed = int(text, 8 if text.startswith("0") and text.isdigit() else 0) if _NUMBER.fullmatch(text) else -1
         if not 0 <= parsed <= 0xFFFFFFFF:
             raise MachineDied(f"-object {value}: Parameter '{key}' expects uint32")
         return parsed

@@ -12,7 +12,8 @@ from enum import StrEnum
 from emulator.errors import MachineDied
 from emulator.sev_object import pairs
 
-_ON = frozenset({"on", "yes", "true", "y"})
+ON = frozenset({"on", "yes", "true", "y"})
+_DIGITS = 9  # of a waiting time
 
 
 class Kind(StrEnum):
@@ -29,24 +30,31 @@ class ChannelSpec:
     """A character device that a control monitor is on.
 
     Attributes:
+        option: the words that name it, for messages.
         kind: what it is.
         address: path (with a NUL in front for an abstract one), `HOST:PORT`, or number of an inherited descriptor.
         server: whether clients come to it; else it goes to its peer.
         wait: whether the machine waits for the first client.
-        reconnect: seconds between attempts to reach the peer; 0 for one attempt.
+        reconnect: seconds between attempts to reach the peer; None for one attempt.
         pretty: whether answers are spread over lines.
     """
 
+    option: str = ""
     kind: Kind
     address: str = ""
     server: bool = True
     wait: bool = False
-    reconnect: int = 0
+    reconnect: float | None = None
     pretty: bool = False
 
 
-def from_legacy(value: str, *, pretty: bool) -> ChannelSpec | None:
+def from_legacy(option: str, value: str, *, pretty: bool) -> ChannelSpec | None:
     """The device that `-qmp VALUE` names; None for none. `chardev:ID` is the caller's.
+
+    Args:
+        option: all its words.
+        value: the last of them.
+        pretty: whether answers are spread over lines.
 
     Raises:
         MachineDied: it is one that the front cannot stand before.
@@ -55,36 +63,40 @@ def from_legacy(value: str, *, pretty: bool) -> ChannelSpec | None:
     if scheme in {"none", "null"}:
         return None
     if scheme == "stdio":
-        return ChannelSpec(kind=Kind.STDIO, pretty=pretty)
+        return ChannelSpec(option=option, kind=Kind.STDIO, pretty=pretty)
     if scheme == "unix":
-        return _socket(dict(pairs(rest, "path")), value, pretty=pretty)
+        return _socket(dict(pairs(rest, "path")), option, pretty=pretty)
     if scheme == "tcp":
         given = dict(pairs(rest, "address"))
         host, _, port = given.get("address", "").rpartition(":")
-        return _socket({**given, "host": host, "port": port}, value, pretty=pretty)
-    raise _beyond(value)
+        return _socket({**given, "host": host, "port": port}, option, pretty=pretty)
+    raise _beyond(option)
 
 
-def from_chardev(given: Mapping[str, str], *, pretty: bool) -> ChannelSpec:
-    """The device that `-chardev BACKEND,…` made, from its properties.
+def from_chardev(option: str, given: Mapping[str, str], *, pretty: bool) -> ChannelSpec:
+    """The device that `-chardev BACKEND,…` made.
+
+    Args:
+        option: all its words.
+        given: its properties.
+        pretty: whether answers are spread over lines.
 
     Raises:
         MachineDied: it is one that the front cannot stand before.
     """
-    where = f"chardev {given.get('id', '')}"
     if given.get("backend") == "stdio":
-        return ChannelSpec(kind=Kind.STDIO, pretty=pretty)
+        return ChannelSpec(option=option, kind=Kind.STDIO, pretty=pretty)
     if given.get("backend") == "socket":
-        return _socket(given, where, pretty=pretty)
-    raise _beyond(where)
+        return _socket(given, option, pretty=pretty)
+    raise _beyond(option)
 
 
-def _socket(given: Mapping[str, str], where: str, *, pretty: bool) -> ChannelSpec:
+def _socket(given: Mapping[str, str], option: str, *, pretty: bool) -> ChannelSpec:
     def on(key: str, default: str) -> bool:
-        return given.get(key, default) in _ON
+        return given.get(key, default) in ON
 
     if on("telnet", "off") or on("websocket", "off") or "tls-creds" in given or "to" in given:
-        raise _beyond(where)
+        raise _beyond(option)
     if "fd" in given:
         kind, address = Kind.FD, given["fd"]
     elif given.get("path"):
@@ -92,18 +104,22 @@ def _socket(given: Mapping[str, str], where: str, *, pretty: bool) -> ChannelSpe
     elif given.get("port"):
         kind, address = Kind.TCP, f"{given.get('host', '')}:{given['port']}"
     else:
-        raise _beyond(where)
+        raise _beyond(option)
     server = on("server", "off")
-    reconnect = given.get("reconnect", "0")
     return ChannelSpec(
+        option=option,
         kind=kind,
         address=address,
         server=server,
         wait=server and on("wait", "on"),
-        reconnect=int(reconnect) if reconnect.isdecimal() else 0,
+        reconnect=_seconds(given.get("reconnect", ""), 1) or _seconds(given.get("reconnect-ms", ""), 1000),
         pretty=pretty,
     )
 
 
-def _beyond(where: str) -> MachineDied:
-    return MachineDied(f"{where}: the front of QEMU cannot stand before a control monitor on such a device")
+def _seconds(text: str, unit: int) -> float | None:
+    return int(text) / unit if text.isdecimal() and len(text) <= _DIGITS and int(text) else None
+
+
+def _beyond(option: str) -> MachineDied:
+    return MachineDied(f"{option}: the front of QEMU cannot stand before a control monitor on such a device")

@@ -47,16 +47,16 @@ class Channel:
         self.spec = spec
         self.reached = asyncio.Event()
         self._made: str | None = None
+        self._first: socket.socket | None = None
         self._listener = self._listen() if spec.server and spec.kind is not Kind.STDIO else None
+        if not spec.server and spec.reconnect is None:
+            self._first = self._reach()
         if spec.wait:
-            complain(f"info: QEMU waiting for connection on: disconnected:{spec.kind}:{spec.address},server=on")
+            where = f"disconnected:{spec.kind}:{spec.address},server=on"
+            complain(f"{spec.option}: info: QEMU waiting for connection on: {where}")
 
     async def clients(self) -> AsyncGenerator[Client]:
-        """Every client, each after the one before it has gone; ends when there can be no more.
-
-        Raises:
-            MachineDied: the peer cannot be reached, and no other attempt was asked for.
-        """
+        """Every client, each after the one before it has gone; ends when there can be no more."""
         while True:
             connection = await self._next()
             reader, writer = await asyncio.open_connection(sock=connection, limit=_LINE_LIMIT)
@@ -65,13 +65,14 @@ class Channel:
                 yield Client(reader, writer)
             finally:
                 writer.close()
-            if self._listener is None and not self.spec.reconnect:
+            if self._listener is None and self.spec.reconnect is None:
                 return
 
     def close(self) -> None:
         """Close it."""
-        if self._listener is not None:
-            self._listener.close()
+        for opened in (self._listener, self._first):
+            if opened is not None:
+                opened.close()
         if self._made is not None:
             with contextlib.suppress(OSError):
                 os.unlink(self._made)  # noqa: PTH108 -- a socket's address, which need not be a path
@@ -82,25 +83,37 @@ class Channel:
             return _standard_streams()
         if self._listener is not None:
             return (await asyncio.get_running_loop().sock_accept(self._listener))[0]
-        if spec.kind is Kind.FD:
-            return _inherited(spec.address)
+        if self._first is not None:
+            first, self._first = self._first, None
+            return first
         while True:
             connection, address = _socket_for(spec)
             try:
                 await asyncio.get_running_loop().sock_connect(connection, address)
-            except OSError as error:
+            except OSError:
                 connection.close()
-                if not spec.reconnect:
-                    raise MachineDied(
-                        f"-qmp {spec.kind}:{spec.address}: Failed to connect to '{spec.address}': {error.strerror}"
-                    ) from error
-                await asyncio.sleep(spec.reconnect)
+                await asyncio.sleep(spec.reconnect or 0)
             else:
                 return connection
 
+    def _reach(self) -> socket.socket:
+        """The peer, which must be there."""
+        spec = self.spec
+        if spec.kind is Kind.FD:
+            return _inherited(spec)
+        connection, address = _socket_for(spec)
+        try:
+            connection.settimeout(None)
+            connection.connect(address)
+        except OSError as error:
+            connection.close()
+            raise MachineDied(f"{spec.option}: Failed to connect to '{spec.address}': {error.strerror}") from error
+        connection.settimeout(0)
+        return connection
+
     def _listen(self) -> socket.socket:
         if self.spec.kind is Kind.FD:
-            listener = _inherited(self.spec.address)
+            listener = _inherited(self.spec)
         else:
             listener, address = _socket_for(self.spec)
             try:
@@ -112,25 +125,26 @@ class Channel:
         return listener
 
     def _bind(self, listener: socket.socket, address: tuple[str, int] | str) -> None:
+        option = self.spec.option
         if not isinstance(address, str):
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 listener.bind(address)
             except OSError as error:
-                raise MachineDied(
-                    f"-qmp tcp:{self.spec.address}: Failed to find an available port: {error.strerror}"
-                ) from error
+                raise MachineDied(f"{option}: Failed to find an available port: {error.strerror}") from error
             return
         if len(os.fsencode(address)) > _SOCKET_PATH_MAX:
-            raise MachineDied(
-                f"-qmp unix:{address}: UNIX socket path '{address}' is too long", "Path must be less than 108 bytes"
-            )
-        with contextlib.suppress(OSError, ValueError):
-            os.unlink(address)  # noqa: PTH108 -- as QEMU does; ValueError: an abstract address
+            hint = "Path must be less than 108 bytes"
+            raise MachineDied(f"{option}: UNIX socket path '{address}' is too long\n{hint}")
+        try:
+            with contextlib.suppress(FileNotFoundError, ValueError):  # ValueError: an abstract address
+                os.unlink(address)  # noqa: PTH108 -- as QEMU does
+        except OSError as error:
+            raise MachineDied(f"{option}: Failed to unlink socket {address}: {error.strerror}") from error
         try:
             listener.bind(address)
         except OSError as error:
-            raise MachineDied(f"-qmp unix:{address}: Failed to bind socket to {address}: {error.strerror}") from error
+            raise MachineDied(f"{option}: Failed to bind socket to {address}: {error.strerror}") from error
         if not address.startswith("\0"):
             self._made = os.path.abspath(address)  # noqa: PTH100 -- before anybody changes the directory
 
@@ -145,17 +159,17 @@ def _socket_for(spec: ChannelSpec) -> tuple[socket.socket, tuple[str, int] | str
     host, _, port = spec.address.rpartition(":")
     host = host.strip("[]")
     if not port.isdecimal() or int(port) > 0xFFFF:
-        raise MachineDied(f"-qmp tcp:{spec.address}: address resolution failed for {spec.address}")
+        raise MachineDied(f"{spec.option}: address resolution failed for {spec.address}")
     connection = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     connection.settimeout(0)
     return connection, (host, int(port))
 
 
-def _inherited(number: str) -> socket.socket:
+def _inherited(spec: ChannelSpec) -> socket.socket:
     try:
-        connection = socket.socket(fileno=int(number))
+        connection = socket.socket(fileno=int(spec.address))
     except (OSError, ValueError) as error:
-        raise MachineDied(f"-chardev socket,fd={number}: not the descriptor of a socket") from error
+        raise MachineDied(f"{spec.option}: File descriptor '{spec.address}' is not a socket") from error
     connection.settimeout(0)
     return connection
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from emulator.errors import MachineDied
-from emulator.front.channel_spec import ChannelSpec, from_chardev, from_legacy
+from emulator.front.channel_spec import ON, ChannelSpec, from_chardev, from_legacy
 from emulator.qemu_options import memory_size
 from emulator.sev_object import SevGuest, object_properties, pairs, sev_guest
 
@@ -39,6 +39,7 @@ _DROPPED = _ACCELERATION | {"id", "mem-path", "mem-prealloc"}
 _PVE_MACHINE = re.compile(r"\+pve[0-9]+$")
 _LINKS = frozenset({"confidential-guest-support", "memory-encryption"})
 _BACKENDS = frozenset({"memory-backend-file", "memory-backend-memfd", "memory-backend-ram"})
+_HELP = frozenset({"help", "?"})
 _SEV_SINCE_9_1 = frozenset({"legacy-vm-type"})
 
 
@@ -101,19 +102,30 @@ class _Option:
     name: str
     value: str
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it has the value that it wants; QEMU ends at one that has not."""
+        return len(self.given) > 1 or self.name in _FLAGS
+
 
 def read(words: Sequence[str]) -> Plan:
     """Understand a command line.
 
     Raises:
-        LeftToQemu: the machine has no SEV guest, its SEV object is none, or its accelerator is not KVM.
-        MachineDied: a control monitor is on a device that the front cannot stand before.
+        LeftToQemu: the machine has no SEV guest, its SEV object is none, or its accelerator is not KVM; or the line
+            asks for help.
+        MachineDied: accelerators are named in two ways that exclude each other, or a control monitor is on a device
+            that the front cannot stand before.
     """
     options = list(_split(words))
     line = _Line()
     for option in options:
         if look := _LOOKERS.get(option.name):
             look(line, option.value)
+    if line.helps:
+        raise LeftToQemu(tuple(words))
+    if line.accelerators and line.machine_accelerators:
+        raise MachineDied('The -accel and "-machine accel=" options are incompatible')
     sev = line.sev_guest()
     if sev is None:
         raise LeftToQemu((*(word for option in options for word in _under_tcg(option)), "-accel", "tcg"))
@@ -146,8 +158,10 @@ class _Line:
     objects: dict[str, tuple[str, Mapping[str, str]]] = field(default_factory=dict)
     link: str | None = None
     accelerators: list[str] = field(default_factory=list)
+    machine_accelerators: list[str] = field(default_factory=list)
     backend: str | None = None
-    chardevs: dict[str, Mapping[str, str]] = field(default_factory=dict)
+    chardevs: dict[str, tuple[str, Mapping[str, str]]] = field(default_factory=dict)
+    helps: bool = False
     control: set[str] = field(default_factory=set)
 
     def look_object(self, value: str) -> None:
@@ -156,15 +170,17 @@ class _Line:
             self.objects[properties.get("id", "")] = (kind, properties)
 
     def look_machine(self, value: str) -> None:
+        self.helps |= value in _HELP
         for key, text in pairs(value, "type"):
             if key in _LINKS:
                 self.link = text
             elif key == "accel":
-                self.accelerators += text.split(":")
+                self.machine_accelerators = text.split(":")
             elif key == "memory-backend":
                 self.backend = text
 
     def look_accel(self, value: str) -> None:
+        self.helps |= value in _HELP
         self.accelerators.append(dict(pairs(value or "kvm", "accel")).get("accel", ""))
 
     def look_numa(self, value: str) -> None:
@@ -174,7 +190,7 @@ class _Line:
 
     def look_chardev(self, value: str) -> None:
         given = dict(pairs(value, "backend"))
-        self.chardevs[given.get("id", "")] = given
+        self.chardevs[given.get("id", "")] = (f"-chardev {value}", given)
 
     def look_mon(self, value: str) -> None:
         given = dict(pairs(value, "chardev"))
@@ -187,8 +203,10 @@ class _Line:
 
     def sev_guest(self) -> SevGuest | None:
         """The SEV object that the machine uses; None where there is none, or it is not in order."""
-        # A line that names no accelerator is run as by a program called `kvm`, as Proxmox VE's is.
-        if self.link is None or (self.accelerators and "kvm" not in self.accelerators):
+        # The first that works is taken, and both TCG and KVM do. A line that names none is run as by a program called
+        # `kvm`, as Proxmox VE's is.
+        accelerators = self.accelerators or self.machine_accelerators or ["kvm"]
+        if self.link is None or accelerators[0] != "kvm":
             return None
         kind, properties = self.objects.get(self.link, ("", {}))
         if kind != "sev-guest":
@@ -248,7 +266,7 @@ class _Writer:
 
     def plan(self, options: Sequence[_Option]) -> Plan:
         for option in options:
-            rule = self._rules.get(option.name)
+            rule = self._rules.get(option.name) if option.is_whole else None
             self._plan.words += rule(option) if rule else option.given
         self._plan.monitors = tuple(self._monitors)
         self._plan.total_ram = self._plan.total_ram or self._plan.ram
@@ -281,8 +299,9 @@ class _Writer:
         return option.given
 
     def _machine(self, option: _Option) -> tuple[str, ...]:
+        given = list(pairs(option.value, "type"))
         kept = []
-        for key, text in pairs(option.value, "type"):
+        for key, text in given:
             if key in {"kernel", "initrd", "append"}:
                 self._note(key, text)
             if key == "max-ram-below-4g":
@@ -292,7 +311,7 @@ class _Writer:
                 kept.append((key, self._plan.machine))
             elif key not in _LINKS | {"accel", "kernel"}:
                 kept.append((key, text))
-        return _machine(kept)
+        return option.given if kept == given else _machine(kept)
 
     def _memory(self, option: _Option) -> tuple[str, ...]:
         size = memory_size(dict(pairs(option.value, "size")).get("size", ""), "m")
@@ -320,24 +339,24 @@ class _Writer:
         return () if dict(pairs(option.value, "backend")).get("id") in self._line.control else option.given
 
     def _qmp(self, option: _Option) -> tuple[str, ...]:
-        pretty = option.name == "qmp-pretty"
+        pretty, given = option.name == "qmp-pretty", f"-{option.name} {option.value}"
         if option.value.startswith("chardev:"):
-            self._monitors.append(self._on(option.value.removeprefix("chardev:"), pretty=pretty))
-        elif channel := from_legacy(option.value, pretty=pretty):
+            self._monitors.append(self._on(given, option.value.removeprefix("chardev:"), pretty=pretty))
+        elif channel := from_legacy(given, option.value, pretty=pretty):
             self._monitors.append(channel)
         return ()
 
     def _mon(self, option: _Option) -> tuple[str, ...]:
         given = dict(pairs(option.value, "chardev"))
-        if given.get("mode") != "control":
+        if given.get("mode") != "control" or "chardev" not in given:
             return option.given
-        self._monitors.append(self._on(given.get("chardev", ""), pretty=given.get("pretty") == "on"))
+        self._monitors.append(self._on(f"-mon {option.value}", given["chardev"], pretty=given.get("pretty") in ON))
         return ()
 
-    def _on(self, identifier: str, *, pretty: bool) -> ChannelSpec:
+    def _on(self, option: str, identifier: str, *, pretty: bool) -> ChannelSpec:
         if identifier not in self._line.chardevs:
-            raise MachineDied(f'-mon chardev={identifier},mode=control: chardev "{identifier}" not found')
-        return from_chardev(self._line.chardevs[identifier], pretty=pretty)
+            raise MachineDied(f'{option}: chardev "{identifier}" not found')
+        return from_chardev(*self._line.chardevs[identifier], pretty=pretty)
 
 
 def _machine(kept: Sequence[tuple[str, str]]) -> tuple[str, ...]:

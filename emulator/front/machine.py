@@ -91,11 +91,13 @@ class _Front:
         )
         resources.callback(launch.close)
         doors = [Door(resources) for _ in (*plan.monitors, "our own")]
-        words = [*_words(plan, processor, ram, size), *_monitor_words(plan.monitors, doors)]
+        words = [*_own_words(plan, processor, ram, size), *_monitor_words(plan.monitors, doors)]
         inherits = [ram, scratch, *(door.listener.fileno() for door in doors)]
         if boot is not None:
             inherits.append(kernel := _memfd("kernel", resources, boot.kernel))
             words += ["-kernel", f"/proc/self/fd/{kernel}"]
+        # Ours stand first: the last word of the line may be an option that lacks its value.
+        words += (word.replace(RAM_FD, str(ram)) for word in plan.words)
         with_stdin = not plan.daemonize and all(monitor.kind is not Kind.STDIO for monitor in plan.monitors)
         qemu = await RealQemu.start(
             self.program, words, inherits=inherits, with_stdin=with_stdin, through_us=plan.daemonize
@@ -140,9 +142,9 @@ def _processor(platform: Path) -> Processor:
         return Processor(generation="milan", cbitpos=0)
 
 
-def _words(plan: Plan, processor: Processor, ram: int, size: int) -> list[str]:
-    """The real QEMU's arguments but for monitors and kernel."""
-    words = [word.replace(RAM_FD, str(ram)) for word in plan.words]
+def _own_words(plan: Plan, processor: Processor, ram: int, size: int) -> list[str]:
+    """The real QEMU's arguments that are ours, but for monitors and kernel."""
+    words: list[str] = []
     if not plan.ram_named:
         words += [
             "-object",
@@ -185,7 +187,7 @@ def _write_pid(path: Path, resources: contextlib.ExitStack) -> None:
     try:
         path.write_text(f"{os.getpid()}\n")
     except OSError as error:
-        raise MachineDied(f"cannot create PID file: Cannot open pid file '{path}': {error.strerror}") from error
+        raise MachineDied(f"cannot create PID file: Could not create '{path}': {error.strerror}") from error
     resources.callback(path.unlink, missing_ok=True)
 
 
