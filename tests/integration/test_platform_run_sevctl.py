@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from common.sev.certs.oca import encode_key, make_oca
 from tests.support.kds_proxy import key_service
 from tests.support.platform import Platform, running_platform
 from tests.support.sev_host import ask_device, exported_pdh
@@ -108,7 +107,7 @@ def test_it_gives_the_platform_another_pdh(sevctl: str, platform: Platform) -> N
 
 
 def test_it_owns_the_platform_once_and_gives_it_back(sevctl: str, platform: Platform, tmp_path: Path) -> None:
-    give_oca(tmp_path)
+    done(sevctl, platform, "generate", "oca.cert", "oca.key")
     before = exported_pdh(platform)
     done(sevctl, platform, "provision", "oca.cert", "oca.key")
     assert done(sevctl, platform, "show", "flags") == "owned\nes\n"
@@ -129,7 +128,7 @@ def test_it_owns_the_platform_once_and_gives_it_back(sevctl: str, platform: Plat
 def test_an_owners_certificate_that_is_not_self_signed_is_refused(
     sevctl: str, platform: Platform, tmp_path: Path
 ) -> None:
-    give_oca(tmp_path)
+    done(sevctl, platform, "generate", "oca.cert", "oca.key")
     altered = bytearray((tmp_path / "oca.cert").read_bytes())
     altered[1044 + 8] ^= 1  # in its own signature
     (tmp_path / "oca.cert").write_bytes(altered)
@@ -137,19 +136,3 @@ def test_an_owners_certificate_that_is_not_self_signed_is_refused(
     assert refused.returncode != 0
     assert "BadSignature" in refused.stderr
     assert done(sevctl, platform, "show", "flags") == "es\n"
-
-
-def test_it_generates_an_owner_without_a_platform(sevctl: str, platform: Platform, tmp_path: Path) -> None:
-    done(sevctl, platform, "generate", "oca.cert", "oca.key")
-    assert len((tmp_path / "oca.cert").read_bytes()) == 2084
-
-
-def give_oca(folder: Path) -> None:
-    """An owner's certificate and key where sevctl finds them.
-
-    Not by `sevctl generate`: with the sev crate up to 6.3.1 the padding of its key is what lay on the stack. Firmware
-    takes that, our certificates' parser does not.
-    """
-    oca, key = make_oca()
-    (folder / "oca.cert").write_bytes(oca.raw)
-    (folder / "oca.key").write_bytes(encode_key(key))
