@@ -18,6 +18,8 @@ from host_agent.doctor import firmware, guests, kernel, processor, qemu, site
 from host_agent.doctor.findings import Finding, failed, passed, skipped
 from host_agent.doctor.machine import Machine
 from host_agent.doctor.options import Options
+from host_agent.guest_tables import GuestTable
+from host_agent.hypervisors.base import GuestDefinition
 
 _DEVICE_TIMEOUT = 10.0
 SOFTWARE_PLATFORM = "socket"  # the driver's name
@@ -126,12 +128,22 @@ def _guests(question: Question, agent: AgentConfig | None) -> Iterator[Finding]:
         yield skipped("guest", "the configuration has no guests", "add [guests.NAME] to agent.toml")
     asked: set[tuple[str, ...]] = set()
     for name, table in sorted(agent.guests.items()):
-        # Guests that somebody else starts have no program of the agent's.
-        program, args = (tuple(getattr(table, key, None) or ()) for key in ("program", "args"))
+        program = tuple(table.program)
         if program and program not in asked:
             asked.add(program)
             yield from qemu.probe(question.machine, program, of=name)
-        yield from guests.probe(question.machine, name, table.firmware, args, es=question.es)
+        if table.driver == GuestDefinition.driver:
+            yield from guests.probe(question.machine, name, table.firmware, table.args, es=question.es)
+        else:
+            monitor = _monitor(agent, table)
+            yield from guests.probe_foreign(question.machine, name, table.firmware, monitor, es=question.es)
+
+
+def _monitor(agent: AgentConfig, table: GuestTable) -> str | None:
+    """Where the machine of a guest that somebody else starts has its monitor; None where the agent does not meet it."""
+    if table.vmid is not None:
+        return str(agent.proxmox.monitors / f"{table.vmid}.qmp")
+    return None if table.monitor is None else str(table.monitor)
 
 
 def _lock_limit(machine: Machine) -> Finding:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -30,7 +30,7 @@ _CONNECTED = "03"
 
 
 def probe(machine: Machine, name: str, firmware: Path, args: Sequence[str], *, es: bool) -> Iterator[Finding]:
-    """What a guest's definition means for its launch.
+    """What the definition of a guest that the agent starts means for its launch.
 
     Args:
         machine: where it is to run.
@@ -41,18 +41,25 @@ def probe(machine: Machine, name: str, firmware: Path, args: Sequence[str], *, e
     """
     where = f"guest.{name}"
     options = Options(args)
-    size = 0
-    try:
-        size, footer = read_footer(firmware)
-    except OSError as error:
-        yield failed(
-            f"{where}.firmware", f"{firmware}: {error.strerror}", "name the guest's firmware file in agent.toml"
-        )
-    else:
-        yield from _firmware(where, firmware, size, footer, options, es=es)
+    size = yield from _firmware(where, firmware, options, es=es)
     yield _nvram(where, options)
     yield memory(machine, f"{where}.memlock", options, size)
-    yield _monitors(machine, where, options)
+    yield _monitors(machine, where, options.monitors)
+
+
+def probe_foreign(machine: Machine, name: str, firmware: Path, monitor: str | None, *, es: bool) -> Iterator[Finding]:
+    """What the definition of a guest that somebody else starts means for its launch.
+
+    Args:
+        machine: where it is to run.
+        name: the guest's.
+        firmware: the file.
+        monitor: where its machine's monitor will be; None where the agent does not meet it there.
+        es: whether it is to run with SEV-ES.
+    """
+    where = f"guest.{name}"
+    yield from _firmware(where, firmware, None, es=es)
+    yield _monitors(machine, where, [] if monitor is None else [monitor])
 
 
 def read_footer(firmware: Path) -> tuple[int, Footer]:
@@ -67,10 +74,16 @@ def read_footer(firmware: Path) -> tuple[int, Footer]:
         return size, parse_footer(file.read(TAIL_SIZE_MAX))
 
 
-def _firmware(where: str, path: Path, size: int, footer: Footer, options: Options, *, es: bool) -> Iterator[Finding]:
+def _firmware(where: str, path: Path, options: Options | None, *, es: bool) -> Generator[Finding, None, int]:
+    """The image and its footer; returns the image's bytes. Without options nothing is known of kernel and vCPUs."""
+    try:
+        size, footer = read_footer(path)
+    except OSError as error:
+        yield failed(f"{where}.firmware", f"{path}: {error.strerror}", "name the guest's firmware file in agent.toml")
+        return 0
     if size < FIRMWARE_SIZE_MIN or size % 4096:
         yield failed(f"{where}.firmware", f"{path}: {size} bytes", "a flash image is a multiple of 4096 bytes")
-        return
+        return size
     yield passed(f"{where}.firmware", f"{path}: {size} bytes")
     area = footer.secret_area
     if area is None:
@@ -81,27 +94,30 @@ def _firmware(where: str, path: Path, size: int, footer: Footer, options: Option
         yield passed(f"{where}.secret_area", f"{area.size} bytes at 0x{area.base:x}")
     yield _hashes(where, footer, options)
     yield _reset(where, footer, options, es=es)
+    return size
 
 
-def _hashes(where: str, footer: Footer, options: Options) -> Finding:
-    area = footer.hashes_area
-    boots = options.value("kernel") is not None
+def _hashes(where: str, footer: Footer, options: Options | None) -> Finding:
+    probe_id, area = f"{where}.hashes_area", footer.hashes_area
     if area is not None and area.size >= TABLE_SIZE:
-        return passed(f"{where}.hashes_area", f"{area.size} bytes at 0x{area.base:x}")
-    if boots:
-        return failed(
-            f"{where}.hashes_area", "the firmware has no area for kernel hashes, and there is a -kernel", _AMDSEV
+        return passed(probe_id, f"{area.size} bytes at 0x{area.base:x}")
+    if options is None:
+        return warned(
+            probe_id, "the firmware has no area for kernel hashes, so no kernel can be booted directly", _AMDSEV
         )
-    return passed(f"{where}.hashes_area", "none, and no -kernel needs one")
+    if options.value("kernel") is not None:
+        return failed(probe_id, "the firmware has no area for kernel hashes, and there is a -kernel", _AMDSEV)
+    return passed(probe_id, "none, and no -kernel needs one")
 
 
-def _reset(where: str, footer: Footer, options: Options, *, es: bool) -> Finding:
+def _reset(where: str, footer: Footer, options: Options | None, *, es: bool) -> Finding:
+    probe_id = f"{where}.reset_block"
     if footer.reset_address is not None:
-        return passed(f"{where}.reset_block", f"other processors start at 0x{footer.reset_address:x}")
-    if es and options.vcpus != 1:
-        seen = "the firmware has no SEV-ES reset block, which more than one vCPU needs"
-        return failed(f"{where}.reset_block", seen, _AMDSEV)
-    return passed(f"{where}.reset_block", "none, and nothing needs one")
+        return passed(probe_id, f"other processors start at 0x{footer.reset_address:x}")
+    if not es or (options is not None and options.vcpus == 1):
+        return passed(probe_id, "none, and nothing needs one")
+    complain = warned if options is None else failed
+    return complain(probe_id, "the firmware has no SEV-ES reset block, which more than one vCPU needs", _AMDSEV)
 
 
 def _nvram(where: str, options: Options) -> Finding:
@@ -141,8 +157,7 @@ def _may_lock(machine: Machine) -> bool:
     return False
 
 
-def _monitors(machine: Machine, where: str, options: Options) -> Finding:
-    paths = options.monitors
+def _monitors(machine: Machine, where: str, paths: Sequence[str]) -> Finding:
     if not paths:
         return passed(f"{where}.monitor", "the agent's own monitor is the only one")
     try:

@@ -58,15 +58,23 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _run(subject: Subject, tell: Callable[[Finding], None]) -> bool:
-    """Run it; SIGTERM ends it as Ctrl-C does, the guest first."""
+    """Run it; SIGTERM ends it, the guest first."""
     from host_agent.selftest.steps import Selftest
 
     task = asyncio.ensure_future(Selftest(subject, tell).run())
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    terminated = asyncio.Event()
+
+    def terminate() -> None:
+        terminated.set()
+        task.cancel()
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, terminate)
     try:
         return await task
     except asyncio.CancelledError:
-        raise KeyboardInterrupt from None
+        if not terminated.is_set():
+            raise
+        raise SystemExit(128 + signal.SIGTERM) from None
 
 
 def _subject(args: argparse.Namespace) -> Subject:

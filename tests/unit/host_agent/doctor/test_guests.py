@@ -8,7 +8,7 @@ import pytest
 
 from emulator.firmware_image import build_image
 from host_agent.doctor.captured import CapturedMachine
-from host_agent.doctor.guests import probe
+from host_agent.doctor.guests import probe, probe_foreign
 from host_agent.doctor.options import Options
 from tests.support.hosts import changed, host, outcomes
 
@@ -169,3 +169,27 @@ def test_the_memory_is_read_as_qemu_reads_it(text: str, mebibytes: int) -> None:
 def test_the_last_of_an_option_counts_and_the_first_of_a_cpu_is_its_model() -> None:
     options = Options(["-smp", "2", "-cpu", "EPYC-Rome,+x2apic", "-smp", "3"])
     assert (options.vcpus, options.cpu, Options([]).vcpus, Options([]).memory) == (3, "EPYC-Rome", 1, 128 << 20)
+
+
+@pytest.mark.parametrize(
+    ("line", "outcome"),
+    [
+        ("0: 00000002 00000000 00010000 0001 01 1 /run/other.qmp", "PASS"),
+        ("0: 00000002 00000000 00010000 0001 01 1 /run/web.qmp", "WARN"),
+        ("0: 00000003 00000000 00000000 0001 03 2 /run/web.qmp", "FAIL"),
+    ],
+)
+def test_the_monitor_of_a_guest_that_somebody_else_starts_must_be_free(
+    firmware: Path, tmp_path: Path, line: str, outcome: str
+) -> None:
+    machine = CapturedMachine(changed(tmp_path, "rome-sev-es", {"proc/net/unix": f"{UNIX}{line}\n"}))
+    found = outcomes([*probe_foreign(machine, "web", firmware, "/run/web.qmp", es=True)])
+    assert found.pop("guest.web.monitor") == outcome
+    assert set(found.values()) == {"PASS"}
+
+
+def test_of_a_guest_that_somebody_else_starts_less_is_known(tmp_path: Path) -> None:
+    path = tmp_path / "OVMF.fd"
+    path.write_bytes(build_image("secrets alone", hashes_area=None, reset_address=None))
+    found = outcomes([*probe_foreign(host("rome-sev-es"), "web", path, None, es=True)])
+    assert (found["guest.web.hashes_area"], found["guest.web.reset_block"]) == ("WARN", "WARN")
