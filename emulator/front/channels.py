@@ -21,6 +21,7 @@ from emulator.qemu_words import complain
 _LINE_LIMIT = 1 << 20
 _SOCKET_PATH_MAX = 107
 _CHUNK = 1 << 16
+_LAST_WORDS = 2.0  # seconds for whoever reads standard output to take what is left
 
 
 class Client(NamedTuple):
@@ -48,6 +49,7 @@ class Channel:
         self.reached = asyncio.Event()
         self._made: str | None = None
         self._first: socket.socket | None = None
+        self._last_words: threading.Thread | None = None
         self._listener = self._listen() if spec.server and spec.kind is not Kind.STDIO else None
         if not spec.server and spec.reconnect is None:
             self._first = self._reach()
@@ -69,7 +71,9 @@ class Channel:
                 return
 
     def close(self) -> None:
-        """Close it."""
+        """Close it, once the last client is gone."""
+        if self._last_words is not None:
+            self._last_words.join(_LAST_WORDS)
         for opened in (self._listener, self._first):
             if opened is not None:
                 opened.close()
@@ -80,7 +84,8 @@ class Channel:
     async def _next(self) -> socket.socket:
         spec = self.spec
         if spec.kind is Kind.STDIO:
-            return _standard_streams()
+            connection, self._last_words = _standard_streams()
+            return connection
         if self._listener is not None:
             return (await asyncio.get_running_loop().sock_accept(self._listener))[0]
         if self._first is not None:
@@ -174,8 +179,11 @@ def _inherited(spec: ChannelSpec) -> socket.socket:
     return connection
 
 
-def _standard_streams() -> socket.socket:
-    """One end of a pair whose other end is standard input and output, whatever kind of file they are."""
+def _standard_streams() -> tuple[socket.socket, threading.Thread]:
+    """One end of a pair whose other end is standard input and output, whatever kind of file they are.
+
+    The thread ends when all that was written before the end was closed is on standard output.
+    """
     ours, theirs = socket.socketpair()
     ours.settimeout(0)
 
@@ -191,6 +199,7 @@ def _standard_streams() -> socket.socket:
                 while data:
                     data = data[os.write(1, data) :]
 
-    for pump in (pump_in, pump_out):
-        threading.Thread(target=pump, daemon=True).start()
-    return ours
+    pumps = [threading.Thread(target=pump, daemon=True) for pump in (pump_in, pump_out)]
+    for pump in pumps:
+        pump.start()
+    return ours, pumps[1]

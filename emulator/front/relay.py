@@ -76,13 +76,15 @@ class Relay:
         self._pending: _Pending | None = None
 
     async def run(self) -> None:
-        """Pass on both ways until one side hangs up."""
+        """Pass on both ways until the machine hangs up, as it does when it has answered a client that has."""
         questions = asyncio.create_task(_quietly(self._questions))
         answers = asyncio.create_task(_quietly(self._answers))
         try:
             await asyncio.wait({questions, answers}, return_when=asyncio.FIRST_COMPLETED)
+            if questions.done():
+                self._machine.writer.write_eof()
+                await asyncio.wait({answers})
         finally:
-            # The machine's last words are passed on before; a client that left hears nothing more.
             for task in (questions, answers):
                 task.cancel()
             await asyncio.wait({questions, answers})

@@ -285,6 +285,26 @@ def test_a_client_that_leaves_in_the_middle_does_not_hurt_the_next(pair: Pair) -
 
 
 @EACH_QEMU
+def test_a_client_that_says_all_and_hangs_up_is_answered_all(pair: Pair) -> None:
+    # As `socat` and `nc -N` do at the end of a script's input.
+    commands = [
+        b'{"execute": "%s", "id": %d}' % (name, at) for at, name in enumerate([b"query-name", b"query-sev"] * 8)
+    ]
+    heard = []
+    for path in (pair.host.qmp, pair.plain):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+            client.settimeout(TIMEOUT)
+            client.connect(str(path))
+            client.sendall(CAPABILITIES + b"".join(commands) + b"\n")
+            client.shutdown(socket.SHUT_WR)
+            data = b""
+            while piece := client.recv(1 << 16):
+                data += piece
+        heard.append([json.loads(line).get("id") for line in data.splitlines()])
+    assert heard[0] == heard[1] == [None, None, *range(16)]
+
+
+@EACH_QEMU
 def test_many_clients_leave_no_descriptor_behind(tmp_path: Path, platform: Platform, qemu: str) -> None:
     def descriptors(pid: int) -> int:
         return len(list(Path(f"/proc/{pid}/fd").iterdir()))
