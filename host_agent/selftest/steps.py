@@ -10,11 +10,12 @@ import asyncio
 import secrets
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
+from typing import Any
 from uuid import UUID, uuid4
 
 from common.amd.kds import KeyService
@@ -191,7 +192,7 @@ class Selftest:
                     )
                     machine = await subject.hypervisor.create(order)
                     machine.release()
-                    await machine.wait_ready()
+                    await _promptly(machine.wait_ready())
                     self._pass("guest.started", f"its monitor greets after {monotonic() - began:.1f} s")
                 yield machine
             finally:
@@ -338,3 +339,24 @@ class Selftest:
     def _say(self, finding: Finding) -> None:
         self._failed = self._failed or finding.outcome is Outcome.FAIL
         self._tell(finding)
+
+
+async def _promptly(step: Coroutine[Any, Any, None]) -> None:
+    """Await a step that may be long, so that a signal ends the wait at once.
+
+    `asyncio.wait_for` of Python 3.11, which such steps are made of, now and then swallows a cancellation.
+    """
+    task = asyncio.ensure_future(step)
+    try:
+        await asyncio.wait({task})
+    except asyncio.CancelledError:
+        task.cancel()
+        task.add_done_callback(_forget)
+        raise
+    task.result()
+
+
+def _forget(task: asyncio.Future[None]) -> None:
+    """Nobody waits any more for what it came to."""
+    if not task.cancelled():
+        task.exception()
