@@ -9,8 +9,8 @@ machine's monitor will be. In order:
 3. What then listens at that place is the guest's machine: a guest is not to run there unattested, whoever started it.
    It is known by pid (SO_PEERCRED), start time and boot, and held by a pidfd. Every later connection must lead to the
    same process, and signals go through that pidfd and to nothing else.
-4. An end before the machine came takes the files away, so that QEMU cannot start with them, ends the command, and looks
-   once more: QEMU makes its monitor before it reads the files.
+4. An end before the machine came takes the files away, so that QEMU cannot start with them, ends the command and
+   everything that has the launch's mark from it, and looks once more: QEMU makes its monitor before it reads the files.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
+from uuid import UUID
 
 from common.errors import PlatformFailed, Reason, SevattestError, Unavailable, WrongState
 from host_agent.firmware_errors import hypervisor_failure
@@ -109,7 +110,7 @@ async def expect(definition: AttachDefinition, order: StartOrder, settings: Qemu
         if starter is not None:
             starter.close()  # its gate closes with it
         raise
-    return AttachedMachine(order.folder, inputs, settings, starter=starter)
+    return AttachedMachine(order.launch, order.folder, inputs, settings, starter=starter)
 
 
 def find_again(trace: Trace, settings: QemuSettings) -> Machine | None:
@@ -120,9 +121,9 @@ def find_again(trace: Trace, settings: QemuSettings) -> Machine | None:
         return None  # nothing was prepared yet
     if identity is None or identity.starter:
         starter = None if identity is None else Process.attach(identity, marker=str(trace.launch))
-        return AttachedMachine(trace.folder, inputs, settings, starter=starter)
+        return AttachedMachine(trace.launch, trace.folder, inputs, settings, starter=starter)
     process = Process.attach(identity, marker=None)
-    return None if process is None else AttachedMachine(trace.folder, inputs, settings, process=process)
+    return None if process is None else AttachedMachine(trace.launch, trace.folder, inputs, settings, process=process)
 
 
 async def sweep_up(trace: Trace) -> None:
@@ -131,7 +132,7 @@ async def sweep_up(trace: Trace) -> None:
         Inputs((trace.folder / _INPUTS).resolve()).remove()
     identity = trace.identity
     if identity is not None and identity.starter and identity.boot_id == boot_id():
-        await end_family(identity.pid, str(trace.launch))
+        await end_family(None, str(trace.launch))
 
 
 class AttachedMachine(MonitoredMachine):
@@ -139,6 +140,7 @@ class AttachedMachine(MonitoredMachine):
 
     def __init__(
         self,
+        launch: UUID,
         folder: Path,
         inputs: Inputs,
         settings: QemuSettings,
@@ -147,6 +149,7 @@ class AttachedMachine(MonitoredMachine):
         process: Process | None = None,
     ) -> None:
         super().__init__(lambda: self._monitor(settings.command_timeout))
+        self._launch = launch
         self._folder = folder
         self._inputs = inputs
         self._settings = settings
@@ -257,6 +260,8 @@ class AttachedMachine(MonitoredMachine):
         if self._process is None and not self._over:
             if self._starter is not None:
                 await self._starter.end(grace)
+            # The command may be gone since a restart, but not what it started.
+            await end_family(None, str(self._launch))
             with suppress(Unavailable):
                 await self._meet()
         if self._process is not None:

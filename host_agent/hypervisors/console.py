@@ -18,7 +18,7 @@ LOG = "machine.log"
 _BOUND = 256 * 1024
 _KEPT = 64 * 1024
 _TAIL = 16 * 1024
-_QEMU = re.compile(r"^qemu[\w.+-]*: ")
+_QEMU = re.compile(r"^(qemu[\w.+-]*|kvm): ")  # Proxmox VE's QEMU is called kvm
 
 
 def open_log(folder: Path) -> BinaryIO:
@@ -58,7 +58,7 @@ def last_words(folder: Path, program: str) -> str:
     """The sentence that tells best why the machine died; empty if it said nothing.
 
     QEMU says what the firmware answered first, and then in more and more general terms that it gives up: a line with a
-    firmware status counts more than the last line.
+    firmware status counts more than the last line, and QEMU's own more than that of whoever started it.
     """
     try:
         with (folder / LOG).open("rb") as file:
@@ -71,6 +71,6 @@ def last_words(folder: Path, program: str) -> str:
     if not lines:
         return ""
     telling = [line for line in lines if find_firmware_error(line) is not None]
-    words = (telling or lines)[-1]
+    words = (telling or [line for line in lines if _QEMU.match(line)] or lines)[-1]
     # The program's own name in front, or the QEMU's behind it.
     return printable(_QEMU.sub("", words.removeprefix(f"{Path(program).name}: "), count=1))

@@ -206,11 +206,12 @@ class Process:
                 signal.pidfd_send_signal(self._pidfd, number)
 
 
-async def end_family(session: int, marker: str) -> None:
+async def end_family(session: int | None, marker: str) -> None:
     """Kill what a process that has ended left behind.
 
     Args:
-        session: the session that it led; by this number alone another's processes could be meant.
+        session: the session that it led; by this number alone another's processes could be meant. None for whatever
+            has the mark, also in sessions of its own.
         marker: of its launch, which its descendants carry in their environment.
     """
     for _ in range(_SWEEPS):
@@ -227,9 +228,9 @@ def boot_id() -> str:
     return _BOOT_ID.read_text(encoding="utf-8").strip()
 
 
-def _is_family(pid: int, session: int, marker: str) -> bool:
+def _is_family(pid: int, session: int | None, marker: str) -> bool:
     stat = _read_stat(pid)
-    if stat is None or stat.session != session or stat.state in "ZX":
+    if stat is None or session not in {None, stat.session} or stat.state in "ZX":
         return False
     try:
         environment = Path(f"/proc/{pid}/environ").read_bytes()
@@ -238,7 +239,7 @@ def _is_family(pid: int, session: int, marker: str) -> bool:
     return f"{_MARKER}={marker}".encode() in environment.split(b"\0")
 
 
-def _kill_member(pid: int, session: int, marker: str) -> None:
+def _kill_member(pid: int, session: int | None, marker: str) -> None:
     with suppress(OSError):
         pidfd = os.pidfd_open(pid)
         try:

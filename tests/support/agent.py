@@ -20,7 +20,7 @@ from common.sev.abi import PEK_OCA_CEK_SIZE, Algo, PlatformState, Usage
 from common.sev.certs.sev import SevCertificate, encode
 from common.sev.measurement import FirmwareVersion
 from host_agent.devices import PlatformStatus
-from host_agent.hypervisors.base import GuestDefinition
+from host_agent.hypervisors.base import GuestDefinition, Hypervisor
 from host_agent.hypervisors.monitored import QemuSettings
 from host_agent.hypervisors.qemu import QemuHypervisor
 from host_agent.launches.custody import Custody
@@ -141,8 +141,9 @@ class Rig:
         *,
         settings: QemuSettings = QUICK,
         limits: Limits = LIMITS,
-        device: FakeDevice | None = None,
+        device: Any = None,
         clock: SettableClock | None = None,
+        hypervisor: Hypervisor | None = None,
     ) -> None:
         self.folder = folder
         self.script = Script(folder / "script.json")
@@ -157,7 +158,7 @@ class Rig:
         guests = {
             name: GuestDefinition(program=program, firmware=self.firmware, args=args) for name in ("web", "db", "cache")
         }
-        self.hypervisor = QemuHypervisor(guests, settings)
+        self.hypervisor = hypervisor or QemuHypervisor(guests, settings)
         self.folders = LaunchFolders(folder / "state")
         self.ledger = Ledger(self.folders)
         self.custody = Custody(ledger=self.ledger, clock=self.clock, log=self.log, observe=self._note)

@@ -75,6 +75,7 @@ class FakeQemu:
         if script.get("no_socket"):
             signal.pause()
         address = self._words[self._words.index("-qmp") + 1].removeprefix("unix:").split(",")[0]
+        Path(address).unlink(missing_ok=True)  # as QEMU does
         with socket.socket(socket.AF_UNIX) as server:
             server.bind(address)
             server.listen(1)
