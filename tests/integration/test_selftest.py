@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,14 +24,18 @@ from emulator.firmware_image import build_image, write_image
 from host_agent import config
 from host_agent.devices import open_device
 from host_agent.doctor.findings import Finding
+from host_agent.doctor.processor import look
+from host_agent.doctor.this_machine import ThisMachine
 from host_agent.hypervisors.base import GuestDefinition
 from host_agent.hypervisors.qemu import QemuHypervisor
 from host_agent.selftest.steps import Selftest, Subject
 from tests.support.agent_site import REPOSITORY, Site, agent_site
 from tests.support.eventually import until
+from tests.support.kvm import needs_kvm
 from tests.support.pki import Pki
 from tests.support.platform import SEVATTEST, Platform, running_platform
 from tests.support.real_qemu import EACH_QEMU, qemu, small_kernel
+from tests.support.under import run_words
 
 __all__ = ["qemu"]  # a fixture
 pytestmark = pytest.mark.slow
@@ -89,8 +93,13 @@ def site(platform: Platform, pki: Pki) -> Iterator[Site]:
 def selftest(site: Site, *words: object) -> tuple[int, dict[str, str], str]:
     """Exit code, verdict by step in their order, and everything that was printed."""
     site.write_config()
+    return run_selftest([*AGENT, "selftest", "--config", str(site.config), *map(str, words)])
+
+
+def run_selftest(command: list[str]) -> tuple[int, dict[str, str], str]:
+    """The same of a command."""
     done = subprocess.run(
-        [*AGENT, "selftest", "--config", str(site.config), *map(str, words)],
+        command,
         capture_output=True,
         text=True,
         check=False,
@@ -427,15 +436,52 @@ def test_a_real_qemu_behind_the_front_passes(site: Site, platform: Platform, qem
     assert_nothing_is_left(site)
 
 
-@pytest.mark.parametrize(("option", "value"), [("-smp", "3"), ("-append", "quiet")])
-def test_a_real_qemu_with_other_words_fails(site: Site, platform: Platform, option: str, value: str) -> None:
-    program = os.environ.get("SEVATTEST_QEMU") or "qemu-system-x86_64"
-    if not any((Path(folder) / program).exists() for folder in os.get_exec_path()):
-        pytest.skip("no real QEMU: install the package qemu-system-x86")
-    site.kernel.write_bytes(small_kernel())
+def dishonest_qemu(site: Site, option: str, value: str, program: list[str]) -> list[str]:
+    """The program, with one of its options changed on the way."""
     script = site.root / "dishonest.py"
     script.write_text(DISHONEST)
-    site.program = [sys.executable, str(script), f"put({option!r}, {value!r})", *platform.front(program)]
+    return [sys.executable, str(script), f"put({option!r}, {value!r})", *program]
+
+
+@pytest.mark.parametrize(("option", "value"), [("-smp", "3"), ("-append", "quiet")])
+def test_a_real_qemu_with_other_words_fails(site: Site, platform: Platform, qemu: str, option: str, value: str) -> None:
+    site.kernel.write_bytes(small_kernel())
+    site.program = dishonest_qemu(site, option, value, platform.front(qemu))
     code, found, out = selftest(site, *rooted(site))
     assert (code, first_failure(found)) == (1, "measurement.matches"), out
+    assert_nothing_is_left(site)
+
+
+# ------------------------------------------------------------------------------- the whole path that a real host has
+
+
+def under(site: Site, *words: str) -> tuple[int, dict[str, str], str]:
+    """The selftest with the driver of /dev/sev, under `platform run`."""
+    site.write_config()
+    device = f'driver = "socket"\npath = "{site.platform.socket}"\n'
+    text = site.config.read_text()
+    assert device in text
+    bit = look(ThisMachine()).c_bit or 0
+    site.config.write_text(text.replace(device, 'driver = "dev_sev"\n') + f"[qemu]\ncbitpos = {bit}\n")
+    return run_selftest(run_words(site.platform, *AGENT, "selftest", "--config", str(site.config), *words))
+
+
+@needs_kvm
+@EACH_QEMU
+@pytest.mark.parametrize("kind", ["es", "sev"])
+def test_the_ioctl_driver_and_an_unmodified_qemu_on_kvm_pass(site: Site, qemu: str, kind: str) -> None:
+    site.kernel.write_bytes(small_kernel())
+    site.program = [qemu, "-accel", "kvm"]
+    code, found, out = under(site, "--for", kind, *map(str, rooted(site)))
+    assert (code, list(found), set(found.values())) == (0, STEPS, {"PASS"}), out
+    assert_nothing_is_left(site)
+
+
+@needs_kvm
+def test_an_unmodified_qemu_on_kvm_with_one_vcpu_more_fails(site: Site, qemu: str) -> None:
+    site.kernel.write_bytes(small_kernel())
+    site.program = dishonest_qemu(site, "-smp", "3", [str(shutil.which(qemu)), "-accel", "kvm"])
+    code, found, out = under(site)
+    assert (code, first_failure(found)) == (1, "measurement.matches"), out
+    assert "vCPU count 3 instead of 2" in out
     assert_nothing_is_left(site)
