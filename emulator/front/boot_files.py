@@ -70,7 +70,8 @@ def shown_to_firmware(kernel: bytes, *, initrd: int | None, append: bytes, low_r
     struct.pack_into("<H", header, _HEAP_END_AT, _CMDLINE_ADDRESS - _REAL_ADDRESS - 0x200)
     if initrd is not None:
         highest = min(_initrd_max(kernel, version), low_ram - _ACPI_SIZE - 1)
-        struct.pack_into("<II", header, _INITRD_AT, (highest - initrd) & ~(_PAGE - 1) & 0xFFFFFFFF, initrd)
+        if initrd < highest:  # QEMU ends at a larger one
+            struct.pack_into("<II", header, _INITRD_AT, (highest - initrd) & ~(_PAGE - 1), initrd)
     return bytes(header) + kernel[_HEADER_END:]
 
 

@@ -25,9 +25,29 @@ DEFAULT_RAM = 128 << 20
 _FLAGS = frozenset(
     (
         *("S", "s", "alt-grab", "async-teardown", "audio-help", "ctrl-grab", "daemonize", "enable-fips", "enable-kvm"),
-        *("enable-sync-profile", "full-screen", "h", "help", "mem-prealloc", "no-acpi", "no-fd-bootchk", "no-frame"),
+        *(
+            "enable-sync-profile",
+            "full-screen",
+            "h",
+            "help",
+            "jitdump",
+            "mem-prealloc",
+            "no-acpi",
+            "no-fd-bootchk",
+            "no-frame",
+        ),
         *("no-hpet", "no-kvm", "no-quit", "no-reboot", "no-shutdown", "no-user-config", "nodefaults", "nographic"),
-        *("nouserconfig", "only-migratable", "portrait", "preconfig", "semihosting", "singlestep", "snapshot", "usb"),
+        *(
+            "nouserconfig",
+            "only-migratable",
+            "perfmap",
+            "portrait",
+            "preconfig",
+            "semihosting",
+            "singlestep",
+            "snapshot",
+            "usb",
+        ),
         *("version", "win2k-hack", "xen-attach", "xen-domid-restrict"),
     )
 )

@@ -280,7 +280,7 @@ def test_a_line_may_say_the_same_in_other_words(host: Host, qemu: str) -> None:
         return [*words[:at], *instead, *words[at + 2 :]]
 
     sev = host.sev_object().split(",")[1:]
-    as_json: dict[str, object] = dict(pair.split("=") for pair in sev)
+    as_json: dict[str, object] = {**dict(pair.split("=") for pair in sev)}
     as_json |= {"qom-type": "sev-guest", "cbitpos": 51, "reduced-phys-bits": 1, "policy": 0xB, "kernel-hashes": True}
     link = "confidential-guest-support=sev0"
     for line in (
