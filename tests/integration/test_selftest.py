@@ -145,6 +145,11 @@ def test_a_guest_without_sev_es_passes_too(site: Site) -> None:
     assert "PASS measurement.matches: SEV with kernel hashes; vCPUs and CPU type are not measured" in out
 
 
+def test_every_line_is_on_the_page() -> None:
+    page = (REPOSITORY / "docs" / "selftest.md").read_text(encoding="utf-8")
+    assert [step for step in [*STEPS, "guest.resumed"] if f"`{step}`" not in page] == []
+
+
 @pytest.mark.parametrize("flavour", ["legacy+debug-swap", "init2", "init2+debug-swap", "init2-ap-zero"])
 def test_the_line_says_which_save_areas_the_host_makes(site: Site, platform: Platform, flavour: str) -> None:
     site.program = platform.machine("--vmsa", flavour)

@@ -192,3 +192,11 @@ def test_a_machine_of_which_nothing_can_be_read_is_described_and_not_a_traceback
     found = outcomes(look(CapturedMachine(tmp_path)))
     assert found["cpu.vendor"] == "FAIL"
     assert "PASS" not in {found[probe] for probe in ("kvm.device", "kvm.sev", "device.present", "qemu.version")}
+
+
+DOCTOR = (Path(__file__).parents[4] / "docs" / "doctor.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_every_probe_is_on_the_page(name: str) -> None:
+    assert [probe for probe in outcomes(look(host(name))) if f"`{probe}`" not in DOCTOR] == []
