@@ -8,7 +8,7 @@ GUEST ?= .guest
 OVMF ?=
 QEMU ?=
 EFI_SECRET ?=
-GUEST_OPTIONS = $(if $(QEMU),--qemu $(QEMU)) $(if $(filter 1,$(EFI_SECRET)),--efi-secret)
+GUEST_OPTIONS = $(if $(QEMU),--qemu "$(QEMU)") $(if $(filter 1,$(EFI_SECRET)),--efi-secret)
 PROTOS := $(shell find proto -name '*.proto')
 
 # The interpreter's caches go with the environment, so that a run leaves nothing else in the checkout.
@@ -21,21 +21,21 @@ help: ## this list
 	@sed -n 's/^\([a-z0-9]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.ready ## launch one guest on a software platform, attested end to end (ARGS=--tamper=kernel …)
-	@$(BIN)/sevattest demo $(if $(wildcard $(GUEST)/stamp.json),--guest $(GUEST)) $(if $(QEMU),--qemu $(QEMU)) $(ARGS)
+	@$(BIN)/sevattest demo $(shell test -f "$(GUEST)/stamp.json" && echo '--guest "$(GUEST)"') $(if $(QEMU),--qemu "$(QEMU)") $(ARGS)
 
 test: $(VENV)/.ready ## every test that needs no special hardware (ARGS=… goes to pytest)
 	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 e2e: $(VENV)/.ready ## real guests on a real QEMU read real secrets, or do not (GUEST=DIR OVMF=FILE QEMU=FILE EFI_SECRET=1)
-	@$(BIN)/python -m tests.e2e.prerequisites $(GUEST) $(GUEST_OPTIONS)
+	@$(BIN)/python -m tests.e2e.prerequisites "$(GUEST)" $(GUEST_OPTIONS)
 	$(BIN)/python -m pytest tests/e2e -n 2 --dist worksteal -p no:cacheprovider -rfE \
-		--guest $(GUEST) $(GUEST_OPTIONS) $(if $(OVMF),--ovmf $(OVMF)) $(ARGS)
+		--guest "$(GUEST)" $(GUEST_OPTIONS) $(if $(OVMF),--ovmf "$(OVMF)") $(ARGS)
 
 guest: $(VENV)/.ready ## the parts of a real guest, from Debian packages, into .guest (GUEST=DIR EFI_SECRET=1)
-	@$(BIN)/python -m tests.e2e.packages $(GUEST) $(filter --efi-secret,$(GUEST_OPTIONS))
+	@$(BIN)/python -m tests.e2e.packages "$(GUEST)" $(if $(filter 1,$(EFI_SECRET)),--efi-secret)
 
 transcripts: guest ## renew docs/transcripts and the README's excerpts from real runs
-	$(BIN)/python -m tests.e2e.transcript --guest $(GUEST) $(if $(QEMU),--qemu $(QEMU))
+	$(BIN)/python -m tests.e2e.transcript --guest "$(GUEST)" $(if $(QEMU),--qemu "$(QEMU)")
 
 lint: $(VENV)/.ready ## formatting, rules, types, import directions, protos
 	$(BIN)/ruff format --check .

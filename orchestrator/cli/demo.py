@@ -24,7 +24,7 @@ from types import FrameType
 
 from common.errors import InvalidInput, PlatformFailed, Reason, exit_code
 from orchestrator.cli.launch import as_json, error_lines, step_line
-from orchestrator.demo.guest.parts import GuestParts, PartsMissing, find_parts
+from orchestrator.demo.guest.parts import GuestParts, PartsMissing, find_parts, is_current
 from orchestrator.demo.site import GUEST, WORKLOAD, Site
 from orchestrator.demo.stack import Stack
 from orchestrator.demo.story import Story, Telling
@@ -65,9 +65,9 @@ def _tamper(text: str) -> Tamper:
 def run(args: argparse.Namespace) -> int:
     """Tell the story; the exit code says how it ended."""
     began = time.monotonic()
-    parts = _parts(args)
+    parts, missing = _parts(args)
     with _ended_in_order(), _folder(args.keep) as root, Stack(Site(root=root, parts=parts)) as stack:
-        telling = _Quiet() if args.json else _Aloud(stack.site, args.tamper)
+        telling = _Quiet() if args.json else _Aloud(stack.site, args.tamper, missing)
         story = Story(stack=stack, telling=telling, tamper=args.tamper)
         story.run()
         outcome = story.outcome
@@ -82,20 +82,27 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _parts(args: argparse.Namespace) -> GuestParts | None:
-    """What a real guest is made of; None for the built-in machine.
+def _parts(args: argparse.Namespace) -> tuple[GuestParts | None, tuple[str, ...]]:
+    """What a real guest is made of; for the built-in machine None, and why there is no real one.
 
     Raises:
-        PartsMissing: a real machine was asked for and cannot be had.
+        InvalidInput: a real machine was asked for, or a part of one named, and it cannot be had.
     """
     if args.machine == "builtin":
-        return None
+        return None, ()
+    folder, qemu = (path and path.absolute() for path in (args.guest, args.qemu))
+    if folder is not None and not is_current(folder):
+        raise InvalidInput(
+            Reason.INVALID_ARGUMENT,
+            f"{folder} is not a folder with a guest's parts",
+            hint="`make guest` makes one; one of another version must be made again",
+        )
     try:
-        return find_parts(args.guest, qemu=args.qemu)
-    except PartsMissing:
-        if args.machine == "qemu":
+        return find_parts(folder, qemu=qemu), ()
+    except PartsMissing as error:
+        if args.machine == "qemu" or qemu is not None:
             raise
-        return None
+        return None, error.sentences
 
 
 @contextlib.contextmanager
@@ -168,16 +175,15 @@ class _Quiet(Telling):
 class _Aloud(_Quiet):
     """Tells the story on stdout as it happens."""
 
-    def __init__(self, site: Site, tamper: Tamper | None) -> None:
+    def __init__(self, site: Site, tamper: Tamper | None, missing: tuple[str, ...]) -> None:
         made = "a 4 MiB image with the footer of an AmdSev build, made for this run"
         print("sevattest demo: one guest, attested end to end; every party is a process on this machine")
         print()
         print("  platform   software, with a root of its own: shows the procedure, proves nothing about hardware")
         if site.parts is None:
             print("  machine    built in, in QEMU's place: takes its command line, speaks its QMP, runs no kernel")
-            print(
-                "             (for a real QEMU that boots a real Linux: `make guest` in a checkout, and docs/demo.md)"
-            )
+            for sentence in missing:
+                print(f"             no real one: {sentence}")
         else:
             print(f"  machine    real: {_version(site.parts.qemu)} under TCG; SEV is the software platform's")
             print(f"  guest      real: Linux {_release(site.parts.kernel)} reads its secret in its own memory")
@@ -210,10 +216,16 @@ class _Aloud(_Quiet):
 
 
 def _version(qemu: Path) -> str:
-    """What a QEMU calls itself: `QEMU 7.2.22`."""
+    """What a QEMU calls itself: `QEMU 7.2.22`.
+
+    Raises:
+        InvalidInput: it is none.
+    """
     answer = subprocess.run([qemu, "-version"], check=False, capture_output=True, text=True)  # noqa: S603 -- the user's
     found = re.search(r"version ([0-9.]+)", answer.stdout)
-    return f"QEMU {found[1]}" if found else qemu.name
+    if found is None:
+        raise InvalidInput(Reason.INVALID_ARGUMENT, f"{qemu} does not say that it is a QEMU")
+    return f"QEMU {found[1]}"
 
 
 def _release(kernel: Path) -> str:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 import pytest
 
+from orchestrator.demo.guest.parts import is_amdsev
 from tests.e2e import leftovers
 from tests.e2e.bench import Bench, running_bench
 from tests.e2e.inventory import Missing, gathered
@@ -37,8 +42,12 @@ def _path(text: str) -> Path:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # What ends a run in CI, or by `timeout`, ends it as Ctrl-C does: with every machine and folder that it has made.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
     if hasattr(config, "workerinput"):
         return
+    _check_named(config)
     config.stash[_FOLDER] = leftovers.begin()
     config.stash[_TABLE] = table = Table()
     config.pluginmanager.register(table)
@@ -60,13 +69,28 @@ def _note(item: pytest.Item, row: Row) -> None:
     item.user_properties[:] = [(PROPERTY, row.properties())]
 
 
+def _interrupt(number: int, _frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt(f"signal {number}")
+
+
+def _check_named(config: pytest.Config) -> None:
+    """Refuse a part that was named and cannot be used: skipping everything would look like success."""
+    qemu, ovmf = config.getoption("--qemu"), config.getoption("--ovmf")
+    if qemu is not None and not os.access(qemu, os.X_OK):
+        raise pytest.UsageError(f"--qemu {qemu}: there is no such program")
+    if ovmf is not None and not is_amdsev(ovmf):
+        raise pytest.UsageError(f"--ovmf {ovmf}: is no firmware with places for secrets and kernel hashes")
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """See that nothing is left; a run that leaves something has failed."""
     # Last of all: pytest-xdist has ended its workers by now.
     if (folder := session.config.stash.get(_FOLDER, None)) is not None:
         session.config.stash[_LEFT] = left = leftovers.end(folder)
-        if left:
+        table = session.config.stash[_TABLE]
+        # A run that has shown nothing has not passed.
+        if left or (table.rows and not any(row.outcome == "passed" for row in table.rows)):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 

@@ -54,7 +54,8 @@ def _real(parts: GuestParts, folder: Path, foreign: Path | None, *, efi_secret: 
     initrds = {version: build(parts, label=f"version {version}", efi_secret=efi_secret) for version in (CURRENT, OTHER)}
     disk, passphrase = None, None
     if parts.cryptsetup is not None and parts.disk_modules:
-        disk, passphrase = folder / "disk", secrets.token_urlsafe(24).encode()
+        # Longer than a block of the hash: HMAC pads a shorter key with NULs, and one more would make no difference.
+        disk, passphrase = folder / "disk", secrets.token_urlsafe(64).encode()
         make_volume(disk, passphrase, DISK_CONTENT, cryptsetup=parts.cryptsetup)
         initrds[WITH_DISK] = build(parts, label="with disk", disk=True, efi_secret=efi_secret)
     return Parts(

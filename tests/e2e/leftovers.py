@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import tempfile
 import time
 from pathlib import Path
@@ -29,7 +30,7 @@ def begin() -> Path:
 
 
 def end(folder: Path) -> list[str]:
-    """What is left of the run; its folder is removed, its processes are left for whoever wants to know why.
+    """What is left of the run; then it is ended and removed.
 
     Processes may be on their way out, so they have a few seconds.
     """
@@ -38,11 +39,24 @@ def end(folder: Path) -> list[str]:
         time.sleep(0.05)
     found = [f"process {pid}: {words}" for pid, words in left.items()]
     found += [f"file {path}" for path in sorted(folder.iterdir()) if not path.name.startswith(_PYTEST_OWN)]
+    for pid in left:
+        _end(pid, folder)
     shutil.rmtree(folder, ignore_errors=True)
     os.environ.pop(MARK, None)
     os.environ.pop("TMPDIR", None)
     tempfile.tempdir = None
     return found
+
+
+def _end(pid: int, folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        descriptor = os.pidfd_open(pid)
+        try:
+            # Looked at once more: the descriptor is bound to whatever has the id by now.
+            if pid in processes(folder):
+                signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+        finally:
+            os.close(descriptor)
 
 
 def processes(folder: Path) -> dict[int, str]:

@@ -60,6 +60,8 @@ class Making:
             make()
         except SevattestError as error:
             self.missing[name] = f"{error.message}{hint}"
+        except OSError as error:
+            self.missing[name] = f"{error.strerror or error}: {error.filename}{hint}"
 
     def unpack(self, apt: PrivateApt, packages: list[str], name: str) -> Path:
         """The root of unpacked packages.
@@ -95,7 +97,8 @@ class Making:
         listed = subprocess.run(
             [loader, "--library-path", paths, "--list", program], capture_output=True, text=True, check=False
         )
-        libraries = [Path(line.split()[2]) for line in listed.stdout.splitlines() if f"=> {root}" in line]
+        found = (line.partition("=> ")[2].rpartition(" (")[0] for line in listed.stdout.splitlines())
+        libraries = [Path(path) for path in found if path.startswith(str(root))]
         if listed.returncode or not libraries:
             raise _unavailable(f"the libraries of cryptsetup cannot be found: {listed.stderr.strip()}")
         target = self.folder / "cryptsetup"

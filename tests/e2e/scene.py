@@ -36,6 +36,7 @@ IMPATIENT = Patience(first=0.05, attempts=2)
 _NOT_BOOTED = "BdsDxe: failed to load"
 _LOOKS, _LOOK_SECONDS = 20, 0.05
 _LOOP_BYTES = 64
+_LOOP_SECONDS = 0.2  # of processor time between the first look and the last
 _FOUR_GIB = 1 << 32
 
 
@@ -165,14 +166,26 @@ class Scene:
         guest = outcome.order.guest
         self.allow(guest, None)
         seen: deque[int] = deque(maxlen=_LOOKS)
+        worked: deque[float] = deque(maxlen=_LOOKS)
         with self.monitor(outcome.session.launch_id) as machine:
             async with asyncio.timeout(BOOT_SECONDS):
-                while _NOT_BOOTED not in self.bench.stack.serial(guest) and not is_dead_loop(seen):
+                while _NOT_BOOTED not in self.bench.stack.serial(guest) and not (
+                    is_dead_loop(seen) and worked[-1] - worked[0] > _LOOP_SECONDS
+                ):
+                    # A vCPU that stands still is in no loop: somebody has stopped it.
+                    assert machine.ask("query-status")["running"] is True
                     seen.append(_instruction(machine))
+                    worked.append(_cpu_seconds(self.pid_below(guest)))
                     await asyncio.sleep(_LOOK_SECONDS)
         said = self.bench.stack.serial(guest)
         assert not any(word in said for word in BOOTED), said
         self.saw("its firmware refused to boot")
+
+    async def was_killed_as_it_ran(self, guest: str) -> None:
+        """The guest's machine must be gone; what it did until then is for the central check."""
+        await self.sees_no_machine(guest)
+        said = self.bench.stack.serial(guest)
+        self.saw("killed as it booted" if "guest: done" not in said else "killed after it had booted")
 
     def saw(self, text: str) -> None:
         """Note what was seen of the guest."""
@@ -260,6 +273,13 @@ def is_dead_loop(seen: Sequence[int]) -> bool:
     """
     here = [address for address in seen if abs(address - sorted(seen)[len(seen) // 2]) < _LOOP_BYTES]
     return len(seen) == _LOOKS and len(here) >= _LOOKS - 2 and here[0] < _FOUR_GIB
+
+
+def _cpu_seconds(pid: int | None) -> float:
+    """The processor time that a process has used; proc(5), fields 14 and 15."""
+    fields = None if pid is None else _stat(pid)
+    assert fields is not None
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _children(parent: int) -> Iterator[int]:

@@ -11,7 +11,7 @@ from orchestrator.flow import Step
 from tests.e2e.conftest import accepted
 from tests.e2e.inventory import DISK_CONTENT
 from tests.e2e.scene import Scene
-from tests.e2e.workloads import CPUS, DISK, FIRMWARE_ONLY, MILAN, PLAIN, ROME, SEVERAL, VCPUS, es
+from tests.e2e.workloads import CPUS, DISK, FIRMWARE_ONLY, MILAN, PLAIN, ROME, SEVERAL, VCPUS, WRONG_DISK, es
 from tests.support.stack import Crash
 
 
@@ -63,11 +63,19 @@ async def test_a_guest_reads_several_secrets_and_boots_the_other_artefacts_where
 
 @accepted("disk opened with the secret")
 async def test_a_guest_opens_its_disk_with_the_secret(scene: Scene) -> None:
-    if DISK not in scene.bench.owner.workloads:
-        pytest.skip("no disk can be made here: cryptsetup or the kernel's modules are missing")
+    needs_disk(scene)
     said = await scene.reads(await scene.launch("disk", DISK))
     assert f"disk: {DISK_CONTENT.decode().strip()}" in said
     scene.saw("opened its disk")
+
+
+@accepted("disk of another passphrase")
+async def test_a_guest_with_another_secret_does_not_open_the_disk(scene: Scene) -> None:
+    needs_disk(scene)
+    said = await scene.reads(await scene.launch("disk", WRONG_DISK))
+    assert "disk: cannot be opened" in said
+    assert DISK_CONTENT.decode().strip() not in said
+    scene.saw("its disk stays shut")
 
 
 @accepted("firmware-only boot")
@@ -118,6 +126,12 @@ async def test_a_launch_outlives_its_verifier_between_begin_and_release(scene: S
     outcome = await scene.launch(es(1, ROME), es(1, ROME), crash=Crash(before={Step.RELEASE: crash_and_return}))
     await scene.reads(outcome)
     assert stack.verifier.pid != before
+
+
+def needs_disk(scene: Scene) -> None:
+    """Skip where the guest has no disk."""
+    if DISK not in scene.bench.owner.workloads:
+        pytest.skip("no disk can be made here: cryptsetup or the kernel's modules are missing")
 
 
 def needs_ram(scene: Scene) -> None:

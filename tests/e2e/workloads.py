@@ -23,7 +23,7 @@ CPUS, VCPUS = (ROME, MILAN), (1, 4)
 # GRUB and the guest's own initramfs look for the disk's passphrase under this name.
 DISK_GUID = UUID("736869e5-84f0-4973-92ec-06879ce3da0b")
 
-PLAIN, SEVERAL, DISK, FIRMWARE_ONLY = "plain", "several", "disk", "firmware-only"
+PLAIN, SEVERAL, DISK, WRONG_DISK, FIRMWARE_ONLY = "plain", "several", "disk", "wrong-disk", "firmware-only"
 TOO_LARGE, MISJUDGED = "too-large", "misjudged"
 # More than the 3072 bytes that an AmdSev build of OVMF reserves, with room to reach what lies behind them.
 LARGE_SIZE = 0xC80
@@ -128,9 +128,9 @@ class Owner:
         several = (one(size=1), one(size=32, trailing_nul=True), one(size=999))
         self._add(SEVERAL, *several, measure=self._measured(OTHER))
         if passphrase is not None:
-            self._add(
-                DISK, self._on_file(DISK_GUID, passphrase, trailing_nul=True), measure=self._measured(initrd=WITH_DISK)
-            )
+            for name, phrase in ((DISK, passphrase), (WRONG_DISK, passphrase[:-1])):
+                secret = self._on_file(DISK_GUID, phrase, trailing_nul=True)
+                self._add(name, secret, measure=self._measured(initrd=WITH_DISK))
         self._add(FIRMWARE_ONLY, one(), measure=self._measured(kernel=False))
         large = one(size=LARGE_SIZE)
         self._add(TOO_LARGE, large, measure=self._measured())
@@ -147,7 +147,7 @@ class Owner:
         return self._on_file(uuid4(), secrets.token_bytes(size), trailing_nul=trailing_nul)
 
     def _on_file(self, guid: UUID, data: bytes, *, trailing_nul: bool = False) -> Secret:
-        file = self._site.owner / f"secret-{guid}"
+        file = self._site.owner / f"secret-{uuid4()}"
         file.touch(mode=0o600)
         file.write_bytes(data)
         return Secret(guid=guid, file=file, trailing_nul=trailing_nul)

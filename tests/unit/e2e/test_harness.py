@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, cast
 from uuid import uuid4
@@ -152,11 +154,26 @@ def test_a_process_that_a_run_left_is_found_by_its_mark(run_folder: Path) -> Non
     # Its session and its parent say nothing about where it comes from; the environment does.
     command = [sys.executable, "-c", "import sys; sys.stdin.read()"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as process:
-        assert process.pid in leftovers.processes(run_folder)
+        # Its environment can be read a moment after its start.
+        ends = time.monotonic() + 30
+        while process.pid not in leftovers.processes(run_folder):
+            assert time.monotonic() < ends
         assert process.pid not in leftovers.processes(run_folder.with_name("another"))
         process.kill()
         process.communicate()
     assert leftovers.end(run_folder) == []
+
+
+def test_a_process_that_a_run_left_is_named_and_ended(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leftovers, "_WAIT_SECONDS", 0.0)
+    command = [sys.executable, "-c", "import sys; sys.stdin.read()"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as process:
+        ends = time.monotonic() + 30
+        while process.pid not in leftovers.processes(run_folder):
+            assert time.monotonic() < ends
+        (found,) = leftovers.end(run_folder)
+        assert found.startswith(f"process {process.pid}: ")
+        assert process.wait(30) == -signal.SIGKILL
 
 
 def report(when: str, outcome: str, row: Row) -> Any:
