@@ -30,7 +30,7 @@ from host_agent.hypervisors.arguments import MONITOR, MachineOptions, launch_fil
 from host_agent.hypervisors.base import Machine, MachineId, StartOrder, Trace
 from host_agent.hypervisors.guests import Guests
 from host_agent.hypervisors.inputs import Inputs
-from host_agent.hypervisors.monitored import POLL, MonitoredMachine, QemuSettings
+from host_agent.hypervisors.monitored import MonitoredMachine, QemuSettings, until_greeted
 from host_agent.hypervisors.process import Process, boot_id, end_family
 from host_agent.hypervisors.qmp import MonitorSession, is_taken, listening_pid, monitor
 
@@ -184,27 +184,23 @@ class AttachedMachine(MonitoredMachine):
         """See `Machine`."""
         limit = self._settings.start_timeout
         try:
-            async with asyncio.timeout(limit):
-                await self._until_greeted()
+            await until_greeted(self._greet, self._check, limit=limit)
         except TimeoutError:
             what = "did not come up" if self._process is None else "came up, and its monitor did not greet"
             raise self._start_failure(f"the machine {what} in {limit:g} s") from None
 
-    async def _until_greeted(self) -> None:
-        while True:
-            try:
-                if self._process is None:
-                    await self._meet()
-                # Without a limit of its own: start_timeout is the caller's, and a slow start is no reason to hang up.
-                async with self._monitor(self._settings.start_timeout):
-                    return
-            except Unavailable:
-                # No socket yet, or one that closed without a word: both end in a greeting or in a process's death.
-                await asyncio.sleep(POLL)
-            if self._process is not None and not self._process.alive:
+    async def _greet(self, left: float) -> None:
+        if self._process is None:
+            await self._meet()
+        async with self._monitor(left):
+            pass
+
+    def _check(self) -> None:
+        if self._process is not None:
+            if not self._process.alive:
                 raise self._start_failure("the machine died before its monitor greeted")
-            if self._process is None and self._starter is not None and self._starter.exit_code not in {None, 0}:
-                raise self._start_failure("the command that starts the machine failed")
+        elif self._starter is not None and self._starter.exit_code not in {None, 0}:
+            raise self._start_failure("the command that starts the machine failed")
 
     async def _meet(self) -> None:
         """Take the process that listens at the machine's place for the machine.

@@ -5,16 +5,18 @@ Who the machine is, how it is started and how it is ended is the driver's busine
 
 from __future__ import annotations
 
+import asyncio
 import base64
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 
+from common.errors import Unavailable
 from host_agent.hypervisors import qapi
 from host_agent.hypervisors.base import Inspection
 from host_agent.hypervisors.qmp import MonitorSession
 
-POLL = 0.02  # seconds between looks for a monitor that is to come
+_POLL = 0.02  # seconds between looks for a monitor that is to come
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,37 @@ class QemuSettings:
     start_timeout: float
     command_timeout: float
     stop_timeout: float
+
+
+async def until_greeted(
+    attempt: Callable[[float], Awaitable[None]], check: Callable[[], None], *, limit: float
+) -> None:
+    """Try until a machine's monitor greets.
+
+    The clock decides, and not a cancellation from outside: one can get lost in an attempt (`asyncio.wait_for` of Python
+    3.11 drops a cancellation that comes together with a result), and a monitor that hangs up at once would then be
+    tried for ever.
+
+    Args:
+        attempt: one attempt, given the seconds that are left; raises `Unavailable` where there is no greeting.
+        check: called after an attempt that failed; raises what ends the wait.
+        limit: seconds for all.
+
+    Raises:
+        TimeoutError: no greeting.
+    """
+    loop = asyncio.get_running_loop()
+    ends = loop.time() + limit
+    while (left := ends - loop.time()) > 0:
+        try:
+            await attempt(left)
+        except Unavailable:
+            # No socket yet, or one that closed without a word: both end in a greeting or in a process's death.
+            await asyncio.sleep(_POLL)
+            check()
+        else:
+            return
+    raise TimeoutError
 
 
 class MonitoredMachine:

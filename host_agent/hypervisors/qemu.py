@@ -6,19 +6,18 @@ launch's folder, in a session of its own, and outlives the agent. What it says i
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
-from contextlib import AbstractAsyncContextManager, suppress
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
-from common.errors import SevattestError, Unavailable
+from common.errors import SevattestError
 from host_agent.firmware_errors import hypervisor_failure
 from host_agent.hypervisors import console
 from host_agent.hypervisors.arguments import MONITOR, MachineOptions, command_line
 from host_agent.hypervisors.base import GuestDefinition, Machine, MachineId, StartOrder, Trace
 from host_agent.hypervisors.guests import Guests
 from host_agent.hypervisors.inputs import Inputs
-from host_agent.hypervisors.monitored import POLL, MonitoredMachine, QemuSettings
+from host_agent.hypervisors.monitored import MonitoredMachine, QemuSettings, until_greeted
 from host_agent.hypervisors.process import Process, boot_id, end_family
 from host_agent.hypervisors.qmp import MonitorSession, monitor
 
@@ -91,23 +90,17 @@ class QemuMachine(MonitoredMachine):
         """See `Machine`."""
         limit = self._settings.start_timeout
         try:
-            async with asyncio.timeout(limit):
-                await self._until_greeted()
+            await until_greeted(self._greet, self._check_alive, limit=limit)
         except TimeoutError:
             raise self._start_failure(f"the machine's monitor did not greet in {limit:g} s") from None
 
-    async def _until_greeted(self) -> None:
-        while True:
-            try:
-                # Without a limit of its own: start_timeout is the caller's, and a slow start is no reason to hang up.
-                async with self._monitor(self._settings.start_timeout):
-                    return
-            except Unavailable:
-                # No socket yet, or one that closed without a word: both end in a greeting or in the process's death.
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(self._process.wait_gone(), POLL)
-            if not self._process.alive:
-                raise self._start_failure("the machine died before its monitor greeted")
+    async def _greet(self, left: float) -> None:
+        async with self._monitor(left):
+            pass
+
+    def _check_alive(self) -> None:
+        if not self._process.alive:
+            raise self._start_failure("the machine died before its monitor greeted")
 
     def _start_failure(self, what: str) -> SevattestError:
         words = console.last_words(self._folder, self._program)
