@@ -28,7 +28,7 @@ test: $(VENV)/.ready ## every test that needs no special hardware (ARGS=… goes
 
 e2e: $(VENV)/.ready ## real guests on a real QEMU read real secrets, or do not (GUEST=DIR OVMF=FILE QEMU=FILE EFI_SECRET=1)
 	@$(BIN)/python -m tests.e2e.prerequisites "$(GUEST)" $(GUEST_OPTIONS)
-	$(BIN)/python -m pytest tests/e2e -n 2 --dist worksteal -p no:cacheprovider -rfE \
+	@exec $(BIN)/python -m pytest tests/e2e -n 2 --dist worksteal -p no:cacheprovider -rfE \
 		--guest "$(GUEST)" $(GUEST_OPTIONS) $(if $(OVMF),--ovmf "$(OVMF)") $(ARGS)
 
 guest: $(VENV)/.ready ## the parts of a real guest, from Debian packages, into .guest (GUEST=DIR EFI_SECRET=1)
