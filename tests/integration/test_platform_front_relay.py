@@ -10,6 +10,7 @@ import ast
 import contextlib
 import json
 import re
+import signal
 import socket
 import time
 from collections.abc import Iterator, Sequence
@@ -350,7 +351,8 @@ def test_a_client_that_never_reads_cannot_keep_the_machine_from_its_end(
             while True:
                 client.sendall(b'{"execute": "query-machines"}' * 100)
         machine.terminate()
-        assert machine.wait(30) == 0
+        # A real QEMU 10.0.2 was once seen to crash here by itself, with megabytes of answers that nobody takes.
+        assert machine.wait(30) in {0, -signal.SIGSEGV}
     wait_for_guests(platform, there)
 
 
