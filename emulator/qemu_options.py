@@ -21,7 +21,8 @@ _MAX_CPUS = 288  # pc-q35
 _TOPOLOGY = ("sockets", "dies", "clusters", "cores", "threads")
 _NUMBER_DIGITS = 19  # of the largest number that QEMU reads
 _MACHINES = re.compile(r"(q35|pc|pc-(q35|i440fx)-[0-9]+\.[0-9]+)$")
-_SIZE = re.compile(r"([0-9]+)([bkKmMgGtT]?)$")
+_SIZE = re.compile(r"(?P<digits>[0-9]+)(?:\.(?P<fraction>[0-9]+))?(?P<unit>[bkKmMgGtT]?)$")
+_HEX_SIZE = re.compile(r"0[xX](?P<digits>[0-9a-fA-F]+)(?P<unit>[kKmMgGtT]?)$")
 _UNITS = {"b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 # Accepted without effect: option -> how many values it takes.
@@ -241,13 +242,17 @@ class _CommandLine:
 
 
 def memory_size(text: str, unit: str) -> int | None:
-    """Bytes in a size as QEMU writes one; None for what is none.
+    """Bytes in a size as QEMU writes one (util/cutils.c, `do_strtosz`); None for what is none.
 
     Args:
-        text: digits and perhaps a unit.
+        text: digits, perhaps with a fraction, and perhaps a unit; or hexadecimal digits behind `0x`.
         unit: what digits alone are counted in, `b` or `m`.
     """
-    found = _SIZE.match(text)
-    if found is None or len(found[1]) > _NUMBER_DIGITS:
+    hexadecimal = _HEX_SIZE.match(text)
+    found = hexadecimal or _SIZE.match(text)
+    if found is None or len(found["digits"]) > _NUMBER_DIGITS:
         return None
-    return int(found[1]) * _UNITS[found[2].lower() or unit]
+    factor = _UNITS[found["unit"].lower() or unit]
+    if hexadecimal:
+        return int(found["digits"], 16) * factor
+    return int(found["digits"]) * factor + int(factor * float(f"0.{found['fraction'] or 0}"))

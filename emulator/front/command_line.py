@@ -18,39 +18,26 @@ from emulator.front.channel_spec import ON, ChannelSpec, from_chardev, from_lega
 from emulator.qemu_options import memory_size
 from emulator.sev_object import SevGuest, object_properties, pairs, sev_guest
 
-RAM_FD = "{ram}"  # stands for the number of a descriptor until there is one
+RAM_FD = "\0ram\0"  # stands for the number of a descriptor until there is one; no word of a line holds a NUL
 DEFAULT_RAM = 128 << 20
 
 # Options without a value. All others have one, and an option that QEMU does not know ends it anyway.
 _FLAGS = frozenset(
     (
         *("S", "s", "alt-grab", "async-teardown", "audio-help", "ctrl-grab", "daemonize", "enable-fips", "enable-kvm"),
-        *(
-            "enable-sync-profile",
-            "full-screen",
-            "h",
-            "help",
-            "jitdump",
-            "mem-prealloc",
-            "no-acpi",
-            "no-fd-bootchk",
-            "no-frame",
-        ),
-        *("no-hpet", "no-kvm", "no-quit", "no-reboot", "no-shutdown", "no-user-config", "nodefaults", "nographic"),
-        *(
-            "nouserconfig",
-            "only-migratable",
-            "perfmap",
-            "portrait",
-            "preconfig",
-            "semihosting",
-            "singlestep",
-            "snapshot",
-            "usb",
-        ),
-        *("version", "win2k-hack", "xen-attach", "xen-domid-restrict"),
+        *("enable-sync-profile", "full-screen", "h", "help", "jitdump", "mem-prealloc", "no-acpi", "no-fd-bootchk"),
+        *("no-frame", "no-hpet", "no-kvm", "no-quit", "no-reboot", "no-shutdown", "no-user-config", "nodefaults"),
+        *("nographic", "nouserconfig", "only-migratable", "perfmap", "portrait", "preconfig", "semihosting"),
+        *("singlestep", "snapshot", "usb", "version", "win2k-hack", "xen-attach", "xen-domid-restrict"),
     )
 )
+# What no SEV launch can begin with, or the front cannot answer for; each with its sentence.
+_REFUSED = {
+    "incoming": "a SEV guest is measured when it starts and cannot come from a migration",
+    "loadvm": "a SEV guest is measured when it starts and cannot come from a snapshot",
+    "preconfig": "the front launches the machine, which -preconfig holds back",
+    "runas": "the machine ends with the front, which another user's would not",
+}
 _MACHINE = frozenset({"machine", "M"})
 _QMP = frozenset({"qmp", "qmp-pretty"})
 _ACCELERATION = frozenset({"accel", "enable-kvm", "no-kvm"})
@@ -252,6 +239,14 @@ _LOOKERS: Mapping[str, Callable[[_Line, str], None]] = {
 }
 
 
+def _refuse(option: _Option) -> None:
+    why = _REFUSED.get(option.name)
+    if option.name == "run-with" and "user" in dict(pairs(option.value, "")):
+        why = _REFUSED["runas"]
+    if why is not None:
+        raise MachineDied(f"-{option.name}: {why}")
+
+
 def _under_tcg(option: _Option) -> tuple[str, ...]:
     """The option without what asks for another accelerator."""
     if option.name in _ACCELERATION:
@@ -286,6 +281,7 @@ class _Writer:
 
     def plan(self, options: Sequence[_Option]) -> Plan:
         for option in options:
+            _refuse(option)
             rule = self._rules.get(option.name) if option.is_whole else None
             self._plan.words += rule(option) if rule else option.given
         self._plan.monitors = tuple(self._monitors)

@@ -6,6 +6,7 @@ processors that the machine has, and held against its reset state; hashes and se
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from emulator.guest_memory import GuestMemory
 from emulator.sev_launch import SEV_TYPE_SINCE, Processor, SevLaunch, SevState, query_sev
 
 _FOUR_GIB = 1 << 32
+_PROBE_AT, _PROBE_SIZE = 0x10000, 32  # RAM that nobody has written to before the machine runs
 _FLASH = ("pflash0", "/machine/system.flash0")  # `device` of -drive if=pflash, `qdev` of -machine pflash0=
 # What a QEMU without SEV answers where one with SEV would do as it was told.
 _NO_SEV = frozenset(
@@ -73,6 +75,8 @@ class GuestLaunch:
         self._boot = boot
         self._sev: SevLaunch | None = None
         self._control: Control | None = None
+        self._save_areas = 0
+        self._finishing: set[asyncio.Task[bool]] = set()
 
     @property
     def runs(self) -> bool:
@@ -89,9 +93,18 @@ class GuestLaunch:
         Raises:
             MachineDied: as QEMU would, or because a save area and the machine's reset state differ.
         """
+        try:
+            await self._launch(control, scratch)
+        except CommandError as error:
+            raise MachineDied(str(error)) from error
+
+    async def _launch(self, control: Control, scratch: int) -> None:
         guest = self._plan.sev
         if guest.legacy_vm_type is not None and control.version < SEV_TYPE_SINCE:
             raise MachineDied("-object sev-guest: Invalid parameter 'legacy-vm-type'")
+        if (await control.execute("query-kvm"))["enabled"]:
+            raise MachineDied("the machine runs under KVM, and the front is for TCG alone")
+        await self._check_ram(control, scratch)
         self._control = control
         self._sev = sev = SevLaunch(
             guest, platform=self._platform, cbitpos=self._processor.cbitpos, version=control.version
@@ -103,17 +116,28 @@ class GuestLaunch:
             footer = sev.add_firmware(image)
         if self._boot is not None:
             sev.add_kernel(self._boot.measured, self._memory, shown=self._boot.shown)
-        sev.measure(await self._save_areas(control, footer) if sev.is_es else ())
+        pages = await self._make_save_areas(control, footer) if sev.is_es else []
+        self._save_areas = len(pages)
+        sev.measure(pages)
 
-    def finish(self) -> bool:
+    async def finish(self) -> bool:
         """LAUNCH_FINISH, if it was not yet; false: the machine cannot go on, and `on_death` was told."""
+        sev, control = self._sev, self._control
+        if sev is None or control is None or self.runs:
+            return self.death is None
+        there = len(await control.execute("query-cpus-fast")) if sev.is_es else self._save_areas
+        if there != self._save_areas:
+            self._die(MachineDied(f"the machine has {there} vCPUs, of which {self._save_areas} were measured"))
+            return False
         try:
-            if self._sev is not None:
-                self._sev.finish()
+            sev.finish()
         except MachineDied as death:
-            self.death = death
-            self.on_death(death)
+            self._die(death)
         return self.death is None
+
+    def _die(self, death: MachineDied) -> None:
+        self.death = self.death or death
+        self.on_death(death)
 
     async def answer(self, command: str, arguments: dict[str, Any], reply: Message) -> Message:
         """Our reply in the place of the real QEMU's; its own where it complains of the arguments."""
@@ -146,9 +170,10 @@ class GuestLaunch:
             self._sev.close()
 
     async def _inject(self, control: Control, sev: SevLaunch, arguments: dict[str, Any]) -> None:
-        # Another monitor, or a person at the human one, may have let the machine run.
-        if (await control.execute("query-status"))["status"] != "prelaunch":
-            self.finish()
+        # Another monitor, or a person at the human one, may have let the machine run, or become another.
+        status, migration = await control.execute("query-status"), await control.execute("query-migrate")
+        if status["status"] != "prelaunch" or migration.get("status", "none") != "none":
+            await self.finish()
         address = arguments.get("gpa")
         sev.inject(
             self._memory,
@@ -159,9 +184,22 @@ class GuestLaunch:
 
     def _on_event(self, name: str) -> None:
         if name == "RESUME":
-            self.finish()
+            task = asyncio.ensure_future(self.finish())
+            self._finishing.add(task)
+            task.add_done_callback(self._finishing.discard)
+        elif name == "RESET" and self._plan.sev.is_es:
+            self._die(MachineDied("cpus are not resettable, terminating"))
 
-    async def _save_areas(self, control: Control, footer: Footer) -> list[bytes]:
+    async def _check_ram(self, control: Control, scratch: int) -> None:
+        """See that what is written here is what the machine has, or a secret would go nowhere."""
+        probe = os.urandom(_PROBE_SIZE)
+        self._memory.write(_PROBE_AT, probe)
+        found = await _saved(control, scratch, _PROBE_AT, _PROBE_SIZE)
+        self._memory.write(_PROBE_AT, bytes(_PROBE_SIZE))
+        if found != probe:
+            raise MachineDied("the front cannot reach the machine's RAM, which is given in a way that it does not know")
+
+    async def _make_save_areas(self, control: Control, footer: Footer) -> list[bytes]:
         reset_address = footer.reset_address or 0
         processors = await control.execute("query-cpus-fast")
         # As it was made: what a model is called, or what the line says beside it, need not be all of it.
@@ -193,7 +231,12 @@ async def _flash_image(control: Control, scratch: int) -> bytes:
             size = drive["inserted"]["image"]["virtual-size"]
     if not size:
         return b""
-    await control.execute("pmemsave", val=_FOUR_GIB - size, size=size, filename=f"/proc/self/fd/{scratch}")
+    return await _saved(control, scratch, _FOUR_GIB - size, size)
+
+
+async def _saved(control: Control, scratch: int, address: int, size: int) -> bytes:
+    """What the machine has in its memory there."""
+    await control.execute("pmemsave", val=address, size=size, filename=f"/proc/self/fd/{scratch}")
     with os.fdopen(os.dup(scratch), "rb") as file:
         file.seek(0)
         return file.read()

@@ -124,7 +124,7 @@ class _Front:
                 ready()
                 if not self.plan.paused:
                     await monitors.wait_for_clients()
-                    if launch.finish():
+                    if await launch.finish():
                         await control.execute("cont")
                 await qemu.ended()
         code = await qemu.ended()

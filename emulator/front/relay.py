@@ -1,4 +1,4 @@
-"""One client's conversation with the real QEMU's monitor, byte for byte, with our answers in their places.
+"""One client's conversation with the real QEMU's monitor, passed on as it is, with our answers in their places.
 
 How an answer gets into its place: the client's SEV command goes to the real QEMU too, under an id of ours. QEMU checks
 its arguments and answers it in its turn, after the replies to all that came before and among the events of its moment.
@@ -35,7 +35,7 @@ class SevSide(Protocol):
         """Whether the launch is finished."""
         ...
 
-    def finish(self) -> bool:
+    async def finish(self) -> bool:
         """LAUNCH_FINISH, before the machine runs; false: it must not."""
         ...
 
@@ -150,7 +150,7 @@ class Relay:
         request = pending.request
         if request["execute"] == "cont":
             # An error means that the client has not negotiated, and QEMU will refuse its `cont` as well.
-            return "error" in reply or self._sev.finish()
+            return "error" in reply or await self._sev.finish()
         answer = await self._sev.answer(request["execute"], request.get("arguments", {}), reply)
         identity = {"id": request["id"]} if "id" in request else {}
         # QEMU writes the id first in an error, last otherwise.

@@ -48,7 +48,7 @@ STORIES: dict[Tamper, str] = {
 }
 
 
-class _Relay:
+class RelayingHost:
     """A host as another one is; what is dishonest about it overrides."""
 
     def __init__(self, honest: Host) -> None:
@@ -79,7 +79,7 @@ class _Relay:
         await self._honest.abort(launch_id, request_id=request_id, within=within)
 
 
-class ReplayingHost(_Relay):
+class ReplayingHost(RelayingHost):
     """A host that is honest until it is asked for a measurement: then it shows one of another launch."""
 
     def __init__(self, honest: Host, earlier: Measured) -> None:
@@ -92,7 +92,7 @@ class ReplayingHost(_Relay):
         return self._earlier
 
 
-class ImpostorHost(_Relay):
+class ImpostorHost(RelayingHost):
     """A host whose platform has a root of its own making: it shows a CEK that this root has signed.
 
     The firmware exports its CEK unsigned; the key service that the owner asks does not know this chip, so the host

@@ -8,37 +8,13 @@ from dataclasses import replace
 from uuid import UUID
 
 from common.errors import SevattestError
-from orchestrator.drivers.base import Evidence, Host, Measured, Packet, Session
+from orchestrator.demo.tamper import RelayingHost
+from orchestrator.drivers.base import Host, Measured, Packet, Session
 from orchestrator.flow import Step
 from tests.e2e.scene import Scene
 
 
-class Relay:
-    """A host that passes everything on; what is dishonest about it overrides."""
-
-    def __init__(self, honest: Host) -> None:
-        self._honest = honest
-
-    async def export_chain(self, *, within: float) -> Evidence:
-        return await self._honest.export_chain(within=within)
-
-    async def start(self, session: Session, guest: str, *, request_id: UUID, within: float) -> None:
-        await self._honest.start(session, guest, request_id=request_id, within=within)
-
-    async def measure(self, launch_id: UUID, *, within: float) -> Measured:
-        return await self._honest.measure(launch_id, within=within)
-
-    async def inject(self, launch_id: UUID, packet: Packet, *, request_id: UUID, within: float) -> None:
-        await self._honest.inject(launch_id, packet, request_id=request_id, within=within)
-
-    async def resume(self, launch_id: UUID, *, request_id: UUID, within: float) -> None:
-        await self._honest.resume(launch_id, request_id=request_id, within=within)
-
-    async def abort(self, launch_id: UUID, *, request_id: UUID, within: float) -> None:
-        await self._honest.abort(launch_id, request_id=request_id, within=within)
-
-
-class SessionSwapping(Relay):
+class SessionSwapping(RelayingHost):
     """Starts the guest under another launch's session blob, with that launch's certificate or with this one's."""
 
     def __init__(self, honest: Host, other: Session, *, certificate: bool) -> None:
@@ -52,7 +28,7 @@ class SessionSwapping(Relay):
         )
 
 
-class PacketChanging(Relay):
+class PacketChanging(RelayingHost):
     """Hands another packet to the agent than the owner made."""
 
     def __init__(self, honest: Host, change: Callable[[Packet], Packet]) -> None:
@@ -65,7 +41,7 @@ class PacketChanging(Relay):
         await super().inject(launch_id, changed, request_id=request_id, within=within)
 
 
-class Resuming(Relay):
+class Resuming(RelayingHost):
     """Lets the guest run, past its agent, before a step."""
 
     def __init__(self, honest: Host, scene: Scene, before: Step) -> None:
@@ -87,7 +63,7 @@ class Resuming(Relay):
             machine.ask("cont")
 
 
-class LookingAtHashes(Relay):
+class LookingAtHashes(RelayingHost):
     """Looks at the kernel hashes in the guest's RAM around an injection that its agent refuses.
 
     Attributes:

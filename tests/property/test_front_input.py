@@ -122,7 +122,7 @@ class Launch:
         self.runs = False
         self.asked: list[str] = []
 
-    def finish(self) -> bool:
+    async def finish(self) -> bool:
         self.runs = True
         return True
 

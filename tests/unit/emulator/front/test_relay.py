@@ -23,7 +23,7 @@ class Launch:
         self.replies: list[Message] = []
         self._finishes = finishes
 
-    def finish(self) -> bool:
+    async def finish(self) -> bool:
         self.runs = True
         return self._finishes
 
