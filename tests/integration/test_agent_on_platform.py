@@ -9,7 +9,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
@@ -34,6 +34,7 @@ from host_agent.launches.state import FINAL
 from sevattest.v1 import host_agent_service_pb2 as pb
 from tests.support.agent_site import ES, PLAIN, REPOSITORY, SECRET_ID, Caller, Owner, Site, agent_site
 from tests.support.eventually import until
+from tests.support.kill_table import KILLED
 from tests.support.pki import Pki
 from tests.support.platform import Platform, running_platform
 
@@ -349,8 +350,11 @@ async def _given_up(site: Site, caller: Caller, owner: Owner, *, inject: bool) -
     await caller.abort(owner)
 
 
+@pytest.mark.parametrize("run", [1, 2, 3])
 @pytest.mark.parametrize("point", POINTS)
-async def test_after_a_kill_at_any_point_the_guest_runs_attested_or_does_not_run(site: Site, point: str) -> None:
+async def test_after_a_kill_at_any_point_the_guest_runs_attested_or_does_not_run(
+    site: Site, point: str, run: int, record_property: Callable[[str, object], None]
+) -> None:
     doomed = site.start(point)
     async with site.caller(doomed) as caller:
         owner = Owner(pdh=await caller.pdh())
@@ -370,6 +374,7 @@ async def test_after_a_kill_at_any_point_the_guest_runs_attested_or_does_not_run
             assert len(site.machines()) == 1
             await until_read(site, owner)
             await caller.abort(owner)
+            outcome = "was running, attested" if before else "resumed, attested"
         else:
             assert launch.state == pb.GUEST_LAUNCH_STATE_FAILED, launch
             assert point in {"start: machine held", "start: written down", "start: machine written down"}
@@ -378,7 +383,9 @@ async def test_after_a_kill_at_any_point_the_guest_runs_attested_or_does_not_run
             await caller.whole(again, site.shape())
             await until_read(site, again)
             await caller.abort(again)
+            outcome = "stopped, never ran"
         await until_no_machine(site)
+    record_property(KILLED, (POINTS.index(point), point, run, outcome))
 
 
 @pytest.mark.parametrize("point", [*POINTS[3:12:2], "inject: done", *END_POINTS])

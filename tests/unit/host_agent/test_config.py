@@ -14,9 +14,13 @@ from common.errors import InvalidInput, Reason
 from common.rpc.identity import Role
 from host_agent import cli
 from host_agent.config import AgentConfig, load
+from host_agent.hypervisors.attach import AttachDefinition
 from host_agent.hypervisors.base import GuestDefinition
+from host_agent.hypervisors.libvirt import LibvirtDefinition
+from host_agent.hypervisors.proxmox import ProxmoxDefinition
 from tests.support.firmware import amdsev_image, secret_entry, with_footer
 from tests.support.pki import DATACENTER_DOMAIN, Pki
+from tests.support.stages import domain
 
 MINIMAL = """
 listen = "127.0.0.1:0"
@@ -113,6 +117,78 @@ def test_a_guest_is_defined_by_program_firmware_and_arguments(folder: Path) -> N
 def test_what_cannot_be_used_is_refused_by_its_key(folder: Path, text: str, words: str) -> None:
     with pytest.raises(InvalidInput, match=words) as refusal:
         read(folder, text)
+    assert refusal.value.reason is Reason.INVALID_CONFIGURATION
+
+
+ATTACH = """
+[guests.web]
+driver = "attach"
+firmware = "OVMF.fd"
+monitor = "run/qmp.sock"
+inputs = "run/in"
+"""
+PROXMOX = """
+[guests.web]
+driver = "proxmox"
+firmware = "OVMF.fd"
+vmid = 100
+"""
+LIBVIRT = """
+[guests.web]
+driver = "libvirt"
+firmware = "OVMF.fd"
+domain = "web.xml"
+"""
+
+
+def test_each_driver_has_its_definition(folder: Path) -> None:
+    (folder / "web.xml").write_text(domain(folder))
+    attach = read(folder, MINIMAL + ATTACH).definitions()["web"]
+    assert isinstance(attach, AttachDefinition)
+    assert (attach.monitor, attach.inputs, attach.start) == (folder / "run/qmp.sock", folder / "run/in", ())
+    proxmox = read(folder, MINIMAL + PROXMOX).definitions()["web"]
+    assert isinstance(proxmox, ProxmoxDefinition)
+    assert proxmox.vmid == 100
+    libvirt = read(folder, MINIMAL + LIBVIRT).definitions()["web"]
+    assert isinstance(libvirt, LibvirtDefinition)
+    assert libvirt.domain == domain(folder)
+
+
+def test_where_proxmox_and_libvirt_are_can_be_said(folder: Path) -> None:
+    config = read(folder, MINIMAL)
+    assert str(config.proxmox_settings().run) == "/run/sevattest"
+    assert config.libvirt_settings().uri == "qemu:///system"
+    config = read(folder, MINIMAL + '[proxmox]\nqm = "qm"\n[libvirt]\nuri = "qemu:///session"\n')
+    assert config.proxmox_settings().qm == folder / "qm"
+    assert config.libvirt_settings().uri == "qemu:///session"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (ATTACH.replace('"attach"', '"xen"'), "guests.web.driver: there is no driver 'xen'; there are attach, "),
+        (ATTACH.replace('monitor = "run/qmp.sock"\n', ""), "guests.web.monitor: must be there"),
+        (ATTACH.replace('inputs = "run/in"\n', ""), "guests.web.inputs: must be there"),
+        (ATTACH.replace("run/in", "state/in"), "guests.web.inputs: .* outside of state_dir"),
+        (ATTACH.replace("run/qmp", "state/launches/x/qmp"), "guests.web.monitor: .* outside of state_dir"),
+        (ATTACH + 'start = ["no/such"]\n', "guests.web.start: no/such: must be an absolute path"),
+        (ATTACH + "vmid = 100\n", "guests.web.vmid: is a key of the driver proxmox, and the guest has attach"),
+        (ATTACH + 'program = ["/bin/true"]\n', "guests.web.program: is a key of the driver qemu"),
+        (ATTACH + ATTACH.replace("web", "db"), "guests.db.monitor: .* is the guest web's"),
+        (PROXMOX.replace("vmid = 100\n", ""), "guests.web.vmid: must be there"),
+        (PROXMOX.replace("100", "99"), "guests.web.vmid"),
+        (PROXMOX + 'args = ["-m", "1G"]\n', "guests.web.args: is a key of the driver qemu"),
+        (PROXMOX + PROXMOX.replace("web", "db"), "guests.db.vmid: 100 is the guest web's"),
+        (PROXMOX.replace("OVMF.fd", "nope.fd"), "guests.web.firmware: .* no such file"),
+        (LIBVIRT, "guests.web.domain: .*web.xml: No such file"),
+        (LIBVIRT.replace("web.xml", "OVMF.fd"), "guests.web.domain: .* is not UTF-8 text"),
+        (LIBVIRT.replace('domain = "web.xml"\n', ""), "guests.web.domain: must be there"),
+        (LIBVIRT.replace("web.xml", "agent.toml"), "guests.web.domain: is not XML"),
+    ],
+)
+def test_what_a_driver_cannot_use_is_refused_by_its_key(folder: Path, text: str, words: str) -> None:
+    with pytest.raises(InvalidInput, match=words) as refusal:
+        read(folder, MINIMAL + text)
     assert refusal.value.reason is Reason.INVALID_CONFIGURATION
 
 

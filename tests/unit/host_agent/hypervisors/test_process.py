@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
 
@@ -101,6 +102,52 @@ async def test_a_process_that_is_not_exactly_the_one_is_not_found(tmp_path: Path
     }
     assert Process.attach(MachineId(**{**same, **change}), marker="x") is None  # type: ignore[arg-type]  # any field
     await process.end(GRACE)
+    process.close()
+
+
+async def test_a_process_of_somebody_elses_is_ended_alone(tmp_path: Path) -> None:
+    code = "sleep 61 & echo $! >child; wait"
+    other = await asyncio.to_thread(subprocess.Popen, ["/bin/sh", "-c", code], cwd=tmp_path, start_new_session=True)
+    child = tmp_path / "child"
+    await until(lambda: child.exists() and child.read_text().strip())
+    pid = int(child.read_text())
+    adopted = Process.adopt(other.pid)
+    assert adopted is not None
+    again = Process.attach(adopted.identity, marker=None)
+    assert again is not None
+    assert Process.attach(replace(adopted.identity, start_time=1), marker=None) is None
+    ending = asyncio.create_task(adopted.end(GRACE))
+    assert await asyncio.to_thread(other.wait) == -signal.SIGTERM
+    await ending
+    assert not again.alive
+    assert alive(pid), "what it started is nobody's business"
+    os.kill(pid, signal.SIGKILL)
+    adopted.close()
+    again.close()
+
+
+async def test_a_process_that_is_not_there_is_not_adopted() -> None:
+    child = await asyncio.to_thread(subprocess.Popen, ["true"])
+    await until(lambda: fields(child.pid)[0] == "Z")
+    assert Process.adopt(child.pid) is None
+    child.wait()
+    for pid in (child.pid, 0, -1, 2**40):
+        assert Process.adopt(pid) is None
+
+
+async def test_whatever_has_the_launchs_mark_is_found_in_sessions_of_its_own(tmp_path: Path) -> None:
+    process = spawn(tmp_path, "/bin/sh", "-c", "setsid sleep 61 & echo $! >child; wait", marker="mine")
+    process.open_gate()
+    child = tmp_path / "child"
+    await until(lambda: child.exists() and child.read_text().strip())
+    pid = int(child.read_text())
+    await until(lambda: fields(pid)[3] == str(pid))
+    await process.end(GRACE)
+    assert alive(pid)
+    await end_family(None, "somebody else's")
+    assert alive(pid)
+    await end_family(None, "mine")
+    assert not alive(pid)
     process.close()
 
 

@@ -1,0 +1,111 @@
+"""The platform's certificates by way of a QEMU, held against the device itself, and answers that make no sense."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from common.errors import PlatformFailed, Reason
+from common.sev.abi import PlatformState
+from host_agent.devices import Device
+from host_agent.devices.qmp import QmpDevice
+from host_agent.devices.socket import SocketDevice
+from host_agent.hypervisors.qmp import monitor
+from tests.support.platform import Platform, running_platform
+from tests.support.qmp import running_machine
+from tests.support.sev_host import make_host
+from tests.support.stages import short_folder
+
+
+@pytest.fixture(scope="module")
+def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
+    with running_platform(tmp_path_factory.mktemp("p")) as running:
+        yield running
+
+
+def over(folder: Path) -> QmpDevice:
+    """The driver over the monitor in `folder`, as an agent would put them together."""
+
+    async def ask(command: str) -> object:
+        async with monitor(folder, "q", limit=20) as session:
+            return await session.execute(command)
+
+    return QmpDevice(ask)
+
+
+@pytest.mark.slow
+async def test_it_says_of_the_platform_what_the_device_says(platform: Platform) -> None:
+    with short_folder() as folder:
+        host = make_host(folder, platform)
+        with running_machine(host.words(), host.qmp):
+            device: Device = over(folder)
+            itself = SocketDevice(platform.socket, timeout=20)
+            assert await device.export_chain() == await itself.export_chain()
+            assert await device.chip_id() == await itself.chip_id()
+            status, real = await device.status(), await itself.status()
+            assert (status.firmware, status.state) == (real.firmware, PlatformState.WORKING)
+
+
+CAPABILITIES = {
+    "pdh": base64.b64encode(bytes(2084)).decode(),
+    "cert-chain": base64.b64encode(bytes(6252)).decode(),
+    "cpu0-id": base64.b64encode(bytes(64)).decode(),
+    "cbitpos": 51,
+    "reduced-phys-bits": 1,
+}
+
+
+def told(**changes: object) -> QmpDevice:
+    async def ask(command: str) -> object:
+        if command == "query-sev":
+            return {"enabled": False, "api-major": 0, "api-minor": 0, "build-id": 0, "state": "uninit"}
+        return {key: value for key, value in {**CAPABILITIES, **changes}.items() if value is not None}
+
+    return QmpDevice(ask)
+
+
+async def test_a_qemu_that_does_not_know_the_chip_says_none() -> None:
+    assert await told().chip_id() == bytes(64)
+    assert await told(**{"cpu0-id": None}).chip_id() == b""
+
+
+async def test_a_qemu_without_a_sev_guest_has_no_guest_to_count() -> None:
+    status = await told().status()
+    assert (status.state, status.guest_count) == (PlatformState.INIT, 0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pdh": None},
+        {"pdh": ""},
+        {"pdh": "!"},
+        {"pdh": CAPABILITIES["cert-chain"]},
+        {"cert-chain": None},
+        {"cert-chain": CAPABILITIES["pdh"]},
+        {"cert-chain": 7},
+    ],
+)
+async def test_a_chain_that_is_none_is_the_platforms_failure(change: dict[str, object]) -> None:
+    assert len(await told().export_chain()) == 8336
+    with pytest.raises(PlatformFailed, match="makes no sense") as failure:
+        await told(**change).export_chain()
+    assert failure.value.reason is Reason.FIRMWARE_FAILED
+
+
+@pytest.mark.parametrize("answer", [None, [], "x", 1])
+async def test_an_answer_of_another_kind_is_the_platforms_failure(answer: object) -> None:
+    async def ask(_command: str) -> object:
+        return answer
+
+    for step in (QmpDevice(ask).export_chain, QmpDevice(ask).chip_id, QmpDevice(ask).status):
+        with pytest.raises(PlatformFailed):
+            await step()
+
+
+async def test_a_chip_id_of_another_size_is_the_platforms_failure() -> None:
+    with pytest.raises(PlatformFailed):
+        await told(**{"cpu0-id": base64.b64encode(bytes(63)).decode()}).chip_id()
