@@ -17,9 +17,11 @@ from common.clock import Clock, SystemClock
 from common.errors import SevattestError
 from common.rpc.server import Server
 from common.telemetry.log import Log
-from host_agent.config import AgentConfig
+from host_agent.config import AgentConfig, DeviceTable
 from host_agent.devices import Device, open_device
+from host_agent.devices.qmp import QmpDevice
 from host_agent.hypervisors.fleet import Fleet
+from host_agent.hypervisors.qmp import monitor
 from host_agent.launches.custody import Custody, Observer
 from host_agent.launches.ledger import Ledger
 from host_agent.launches.runner import Runner
@@ -72,7 +74,7 @@ def build(config: AgentConfig, *, log: Log, clock: Clock | None = None, observe:
         proxmox=config.proxmox_settings(),
         libvirt=config.libvirt_settings(),
     )
-    device = open_device(config.device.driver, config.device.path, timeout=config.device.timeout)
+    device = make_device(config.device)
     runner = Runner(ledger=ledger, custody=custody, hypervisor=hypervisor, device=device, clock=clock)
     supervisor = Supervisor(
         ledger=ledger, custody=custody, hypervisor=hypervisor, clock=clock, log=log, limits=config.limits()
@@ -91,6 +93,18 @@ def build(config: AgentConfig, *, log: Log, clock: Clock | None = None, observe:
         server=server,
         log=log,
     )
+
+
+def make_device(table: DeviceTable) -> Device:
+    """The platform's device; nothing is opened before the first command."""
+    if table.driver != QmpDevice.name:
+        return open_device(table.driver, table.path, timeout=table.timeout)
+
+    async def ask(command: str) -> object:
+        async with monitor(table.path.parent, table.path.name, limit=table.timeout) as session:
+            return await session.execute(command)
+
+    return QmpDevice(ask)
 
 
 async def serve(agent: Agent, *, ready: Callable[[str], None], reload: Callable[[], AgentConfig]) -> None:

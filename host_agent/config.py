@@ -17,6 +17,7 @@ from common.errors import InvalidInput, Reason
 from common.rpc.identity import Role
 from common.rpc.tls import ServerTls
 from host_agent.devices import DEFAULT_PATH, DRIVERS
+from host_agent.devices.qmp import QmpDevice
 from host_agent.guest_tables import GuestTable, check_distinct, definition
 from host_agent.hypervisors.fleet import AnyDefinition
 from host_agent.hypervisors.libvirt import LibvirtSettings
@@ -27,6 +28,8 @@ from host_agent.launches.supervisor import Limits
 # A launch's RPCs have 60 s at the most (common/rpc), so no step may take longer.
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=50)]
 _DAY = 86400.0
+# Drivers without a place where everybody has their device.
+_SOCKETS = {"socket": "a platform's socket", QmpDevice.name: "a QEMU's monitor"}
 
 
 class Tls(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -59,7 +62,7 @@ class DeviceTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """`[device]`: the platform's SEV device.
 
     Attributes:
-        driver: how it is reached: `dev_sev`, the kernel's device; `socket`, the software platform.
+        driver: how it is reached: `dev_sev`, the kernel's device; `socket`, the software platform; `qmp`, a QEMU.
         path: where it is; a socket has no default.
         timeout: seconds that one command may take.
     """
@@ -213,13 +216,17 @@ def load(path: Path, environ: Mapping[str, str]) -> AgentConfig:
     """
     loaded = config.load(path, AgentConfig, environ)
     config.listen_address(loaded.listen)
-    if loaded.device.driver not in DRIVERS:
+    drivers = {*DRIVERS, QmpDevice.name}
+    if loaded.device.driver not in drivers:
         raise _bad(
             "device.driver",
-            f"this version has no driver {loaded.device.driver!r}; it has {', '.join(sorted(DRIVERS))}",
+            f"this version has no driver {loaded.device.driver!r}; it has {', '.join(sorted(drivers))}",
         )
-    if loaded.device.driver == "socket" and loaded.device.path == Path(DEFAULT_PATH):
-        raise _bad("device.path", f"{DEFAULT_PATH} is the kernel's device: the socket driver wants a platform's socket")
+    if loaded.device.path == Path(DEFAULT_PATH) and loaded.device.driver in _SOCKETS:
+        what = _SOCKETS[loaded.device.driver]
+        raise _bad(
+            "device.path", f"{DEFAULT_PATH} is the kernel's device: the {loaded.device.driver} driver wants {what}"
+        )
     loaded.definitions()
     return loaded
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Awaitable, Callable
+from typing import ClassVar
 
 from common.errors import PlatformFailed, Reason
 from common.sev.abi import PEK_OCA_CEK_SIZE, SEV_CERT_SIZE, PlatformState
@@ -25,7 +26,13 @@ _BYTE_MAX = 0xFF
 
 
 class QmpDevice:
-    """The read-only half of a platform; see `Device`."""
+    """The read-only half of a platform; see `Device`.
+
+    Attributes:
+        name: in the configuration.
+    """
+
+    name: ClassVar[str] = "qmp"
 
     def __init__(self, ask: Callable[[str], Awaitable[object]]) -> None:
         """Take a way to ask.

@@ -67,8 +67,10 @@ def test_a_small_configuration_has_safe_defaults(folder: Path) -> None:
 def test_the_kernels_device_is_where_the_kernel_puts_it_and_a_socket_has_no_such_place(folder: Path) -> None:
     kernel = MINIMAL.replace('driver = "socket"\npath = "sev.sock"', 'driver = "dev_sev"')
     assert read(folder, kernel).device.path == Path("/dev/sev")
-    with pytest.raises(InvalidInput, match=r"device\.path: /dev/sev is the kernel's device"):
-        read(folder, MINIMAL.replace('path = "sev.sock"\n', ""))
+    for driver in ("socket", "qmp"):
+        with pytest.raises(InvalidInput, match=rf"device\.path: /dev/sev is the kernel's device: the {driver} driver"):
+            read(folder, MINIMAL.replace('path = "sev.sock"\n', "").replace('"socket"', f'"{driver}"'))
+    assert read(folder, MINIMAL.replace('"socket"', '"qmp"')).device.path == folder / "sev.sock"
 
 
 def test_a_guest_is_defined_by_program_firmware_and_arguments(folder: Path) -> None:

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import PlatformFailed, Reason
+from common.errors import PlatformFailed, Reason, Unavailable
 from common.sev.abi import PlatformState
-from host_agent.devices import Device
+from host_agent.app import make_device
+from host_agent.config import DeviceTable
 from host_agent.devices.qmp import QmpDevice
 from host_agent.devices.socket import SocketDevice
-from host_agent.hypervisors.qmp import monitor
 from tests.support.platform import Platform, running_platform
 from tests.support.qmp import running_machine
 from tests.support.sev_host import make_host
@@ -26,22 +26,12 @@ def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
         yield running
 
 
-def over(folder: Path) -> QmpDevice:
-    """The driver over the monitor in `folder`, as an agent would put them together."""
-
-    async def ask(command: str) -> object:
-        async with monitor(folder, "q", limit=20) as session:
-            return await session.execute(command)
-
-    return QmpDevice(ask)
-
-
 @pytest.mark.slow
 async def test_it_says_of_the_platform_what_the_device_says(platform: Platform) -> None:
     with short_folder() as folder:
         host = make_host(folder, platform)
         with running_machine(host.words(), host.qmp):
-            device: Device = over(folder)
+            device = make_device(DeviceTable(driver="qmp", path=host.qmp, timeout=20))
             itself = SocketDevice(platform.socket, timeout=20)
             assert await device.export_chain() == await itself.export_chain()
             assert await device.chip_id() == await itself.chip_id()
@@ -65,6 +55,13 @@ def told(**changes: object) -> QmpDevice:
         return {key: value for key, value in {**CAPABILITIES, **changes}.items() if value is not None}
 
     return QmpDevice(ask)
+
+
+async def test_a_monitor_that_is_not_there_is_a_platform_without_an_answer(tmp_path: Path) -> None:
+    device = make_device(DeviceTable(driver="qmp", path=tmp_path / "q", timeout=1))
+    for step in (device.export_chain, device.chip_id, device.status):
+        with pytest.raises(Unavailable):
+            await step()
 
 
 async def test_a_qemu_that_does_not_know_the_chip_says_none() -> None:
