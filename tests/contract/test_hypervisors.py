@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any
 from uuid import uuid4
@@ -29,10 +29,11 @@ from common.sev.secret import SecretEntry, SecretPacket, build_table, seal_packe
 from emulator.firmware_image import SECRET_AREA
 from host_agent.devices.socket import SocketDevice
 from host_agent.hypervisors.fleet import DRIVERS
+from host_agent.hypervisors.monitored import QemuSettings
 from host_agent.launches.launch import Launch
 from host_agent.launches.runner import StartRequest
 from host_agent.launches.state import LaunchState as S
-from tests.support.agent import ALICE, Rig
+from tests.support.agent import ALICE, QUICK, Rig
 from tests.support.agent_site import ES, PLAIN, SECRET_ID, Owner
 from tests.support.eventually import until
 from tests.support.machine_kinds import CMDLINE, CPU, VCPUS, Kind, builtin, front
@@ -109,14 +110,19 @@ class Scene:
 
 @asynccontextmanager
 async def scene(
-    driver: str, kind: Kind, platform: Platform, monkeypatch: pytest.MonkeyPatch, policy: GuestPolicy = ES
+    driver: str,
+    kind: Kind,
+    platform: Platform,
+    monkeypatch: pytest.MonkeyPatch,
+    policy: GuestPolicy = ES,
+    settings: QemuSettings = QUICK,
 ) -> AsyncIterator[Scene]:
     with short_folder() as root:
         (root / "agent").mkdir()
         device = SocketDevice(platform.socket, timeout=20)
         async with (
             staged(driver, kind, root, monkeypatch) as stage,
-            agent(stage, device=device) as rig,
+            agent(stage, device=device, settings=settings) as rig,
         ):
             pdh = SevCertificate.parse((await device.export_chain())[:2084])
             yield Scene(stage, rig, Owner(pdh=pdh, policy=policy))
@@ -165,7 +171,9 @@ async def test_a_real_qemu_is_measured_takes_the_secret_and_runs(
 async def test_a_session_for_another_policy_is_refused_and_no_machine_is_left(
     driver: str, platform: Platform, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with scene(driver, builtin(platform), platform, monkeypatch) as act:
+    # Of a machine that somebody else starts, nobody tells the agent that it died: it waits.
+    settings = replace(QUICK, start_timeout=3) if driver == "attach" else QUICK
+    async with scene(driver, builtin(platform), platform, monkeypatch, settings=settings) as act:
         with pytest.raises((Refused, PlatformFailed)) as failure:
             await act.start(policy=act.owner.policy.value & ~1)
         if driver != "attach":

@@ -18,7 +18,7 @@ Keys of the script:
     report     answer to query-sev-attestation-report, base64
     on         command -> list of actions, one for each time that it comes; then it is done as usual
 Actions: {do: …, effect: whether the command takes effect first}
-    error {desc}, close, die {stderr}, silence, events {count}, wrong_id, text {text}, long {size}, deep, split,
+    error {desc}, close, cut, die {stderr}, silence, events {count}, wrong_id, text {text}, long {size}, deep, split,
     twice, wait {file}
 """
 
@@ -153,6 +153,10 @@ class FakeQemu:
                 self._send(client, {**reply, "return": "x" * action["size"]})
             case "deep":
                 client.sendall(b"[" * 100_000 + b"]" * 100_000 + b"\r\n")
+            case "cut":
+                whole_line = json.dumps({"return": value, "id": number}).encode()
+                client.sendall(whole_line[: len(whole_line) // 2])
+                return False
             case "split":
                 whole = json.dumps({"return": self._do(client, command), "id": number}).encode() + b"\r\n"
                 for at in range(len(whole)):

@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -108,6 +109,7 @@ async def test_a_process_that_is_out_of_descriptors_loses_none(tmp_path: Path, m
 
 BROKEN: list[dict[str, Any]] = [
     {"do": "close"},
+    {"do": "cut"},
     {"do": "silence"},
     {"do": "wrong_id"},
     {"do": "text", "text": "hello"},
@@ -257,15 +259,16 @@ async def test_a_step_that_is_cancelled_leaves_no_connection(qemu: Script) -> No
 
 
 @pytest.mark.slow
-async def test_three_hundred_connections_leave_no_descriptor_and_no_task(qemu: Script) -> None:
+async def test_a_thousand_connections_leave_no_descriptor_no_thread_and_no_task(qemu: Script) -> None:
     async with session(qemu):
         pass
-    qemu.set(on={"query-sev": [{"do": "close"}] * 100})
-    before = open_descriptors(), len(asyncio.all_tasks())
-    for number in range(300):
+    evil = ["close", "cut", "deep", "text"]
+    qemu.set(on={"query-sev": [{"do": evil[turn % 4], "text": "[]"} for turn in range(334)]})
+    before = open_descriptors(), threading.active_count(), len(asyncio.all_tasks())
+    for number in range(1000):
         try:
             async with session(qemu) as connected:
                 await connected.execute("query-sev" if number % 3 == 0 else "query-status")
         except Unavailable:
             assert number % 3 == 0
-    assert (open_descriptors(), len(asyncio.all_tasks())) == before
+    assert (open_descriptors(), threading.active_count(), len(asyncio.all_tasks())) == before
