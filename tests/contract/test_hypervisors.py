@@ -114,6 +114,7 @@ async def scene(
     kind: Kind,
     platform: Platform,
     monkeypatch: pytest.MonkeyPatch,
+    *,
     policy: GuestPolicy = ES,
     settings: QemuSettings = QUICK,
 ) -> AsyncIterator[Scene]:
@@ -135,7 +136,7 @@ async def scene(
 async def test_a_guest_reads_the_owners_secret(
     driver: str, policy: GuestPolicy, platform: Platform, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with scene(driver, builtin(platform), platform, monkeypatch, policy) as act:
+    async with scene(driver, builtin(platform), platform, monkeypatch, policy=policy) as act:
         runner, launch_id = act.rig.runner, act.owner.launch_id
         assert (await act.start()).state is S.PAUSED
         packet = await act.packet()
@@ -154,7 +155,7 @@ async def test_a_guest_reads_the_owners_secret(
 async def test_a_real_qemu_is_measured_takes_the_secret_and_runs(
     driver: str, policy: GuestPolicy, platform: Platform, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with scene(driver, front(platform, installed_qemu()), platform, monkeypatch, policy) as act:
+    async with scene(driver, front(platform, installed_qemu()), platform, monkeypatch, policy=policy) as act:
         runner, launch_id = act.rig.runner, act.owner.launch_id
         assert (await act.start()).state is S.PAUSED
         packet = await act.packet()
