@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 import signal
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from common.clock import Clock, SystemClock
 from common.errors import SevattestError
@@ -20,6 +23,7 @@ from common.telemetry.log import Log
 from host_agent.config import AgentConfig, DeviceTable
 from host_agent.devices import Device, open_device
 from host_agent.devices.qmp import QmpDevice
+from host_agent.hypervisors import unit
 from host_agent.hypervisors.fleet import Fleet
 from host_agent.hypervisors.qmp import monitor
 from host_agent.launches.custody import Custody, Observer
@@ -29,6 +33,8 @@ from host_agent.launches.supervisor import Supervisor
 from host_agent.service import HostAgentService, add_HostAgentServiceServicer_to_server
 from host_agent.store.folders import LaunchFolders
 
+_CGROUP = Path("/proc/self/cgroup")
+_PATIENCE = 5.0  # seconds for systemctl to answer
 _TICK = 1.0  # seconds between two rounds of the supervisor
 _DEVICE_PROBE = 15.0  # seconds between two looks whether the SEV device answers
 _GRACE = 30.0  # seconds that calls under way have at the end
@@ -73,6 +79,7 @@ def build(config: AgentConfig, *, log: Log, clock: Clock | None = None, observe:
         config.qemu_settings(),
         proxmox=config.proxmox_settings(),
         libvirt=config.libvirt_settings(),
+        lock_limit=config.lock_limit(),
     )
     device = make_device(config.device)
     runner = Runner(ledger=ledger, custody=custody, hypervisor=hypervisor, device=device, clock=clock)
@@ -93,6 +100,26 @@ def build(config: AgentConfig, *, log: Log, clock: Clock | None = None, observe:
         server=server,
         log=log,
     )
+
+
+def warn_of_unit(config: AgentConfig, *, log: Log) -> None:
+    """Say it in the log where this process is a service's whose end would take the machines along.
+
+    Blocks while systemctl answers, for some seconds at the most.
+    """
+    guests = unit.at_risk(config.started_programs())
+    try:
+        service = unit.service_of(_CGROUP.read_text(encoding="utf-8"))
+        if service is None or not guests or shutil.which(service.question[0]) is None:
+            return
+        asked = subprocess.run(  # noqa: S603 -- fixed words and a unit's name behind `--`
+            service.question, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_PATIENCE, check=False
+        )
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        return
+    mode = unit.kill_mode(asked.stdout)
+    if mode is not None and unit.takes_along(mode):
+        log.warning("agent.machines_end_with_unit", unit=service.name, kill_mode=mode, guests=guests, text=unit.ADVICE)
 
 
 def make_device(table: DeviceTable) -> Device:

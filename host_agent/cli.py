@@ -60,6 +60,7 @@ def _serve(path: Path) -> int:
     harden_process()
     log = configure(PROGRAM)
     loaded = config.load(path, os.environ)
+    app.warn_of_unit(loaded, log=log)
 
     async def run() -> None:
         agent = app.build(loaded, log=log)

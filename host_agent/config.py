@@ -16,11 +16,12 @@ from common import config
 from common.errors import InvalidInput, Reason
 from common.rpc.identity import Role
 from common.rpc.tls import ServerTls
-from host_agent.devices import DEFAULT_PATH, DRIVERS
+from host_agent.devices import DEFAULT_PATH, DEV_SEV, DRIVERS
 from host_agent.devices.qmp import QmpDevice
 from host_agent.guest_tables import GuestTable, check_distinct, definition
 from host_agent.hypervisors.fleet import AnyDefinition
 from host_agent.hypervisors.libvirt import LibvirtSettings
+from host_agent.hypervisors.memlock import LockLimit, own_limit
 from host_agent.hypervisors.monitored import QemuSettings
 from host_agent.hypervisors.proxmox import ProxmoxSettings
 from host_agent.launches.supervisor import Limits
@@ -81,6 +82,7 @@ class QemuTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         start_timeout: seconds from the program's start to its monitor's greeting.
         command_timeout: seconds that one monitor command may take.
         stop_timeout: seconds between SIGTERM and SIGKILL.
+        check_memlock: with the driver `dev_sev`, refuse a guest that is larger than what may be locked.
     """
 
     cbitpos: Annotated[int, msgspec.Meta(ge=0, le=63)] = 51
@@ -88,6 +90,7 @@ class QemuTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     start_timeout: Seconds = 30.0
     command_timeout: Seconds = 10.0
     stop_timeout: Seconds = 5.0
+    check_memlock: bool = True
 
 
 class ProxmoxTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -188,6 +191,15 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             command_timeout=self.qemu.command_timeout,
             stop_timeout=self.qemu.stop_timeout,
         )
+
+    def lock_limit(self) -> LockLimit | None:
+        """What tells how much memory a machine may lock; None where nobody pins a guest's, or nobody is to look."""
+        return own_limit if self.device.driver == DEV_SEV and self.qemu.check_memlock else None
+
+    def started_programs(self) -> dict[str, list[str]]:
+        """What the agent itself starts, by guest: machines, and commands that may become one."""
+        started = {name: table.program or table.start for name, table in self.guests.items()}
+        return {name: words for name, words in started.items() if words}
 
     def proxmox_settings(self) -> ProxmoxSettings:
         """`[proxmox]` as the hypervisor takes it."""

@@ -21,6 +21,7 @@ from host_agent.hypervisors.domain_xml import check_domain
 from host_agent.hypervisors.fleet import AnyDefinition
 from host_agent.hypervisors.libvirt import LibvirtDefinition
 from host_agent.hypervisors.proxmox import ProxmoxDefinition
+from host_agent.hypervisors.unit import has_own_scope, is_scope_runner
 
 _DOMAIN_MAX = 1 << 20  # bytes of a domain's XML; libvirt's own are some kilobytes
 
@@ -79,6 +80,10 @@ def definition(name: str, table: GuestTable, state_dir: Path) -> AnyDefinition:
     _check_keys(where, table)
     if table.driver == GuestDefinition.driver:
         _check_command(f"{where}.program", table.program)
+        if is_scope_runner(table.program) and not has_own_scope(table.program):
+            raise _bad(
+                f"{where}.program", "systemd-run without --scope starts a service, whose process is not the agent's"
+            )
     if not table.firmware.is_file():
         raise _bad(f"{where}.firmware", f"{table.firmware}: there is no such file")
     match table.driver:

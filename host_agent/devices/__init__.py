@@ -12,6 +12,7 @@ from host_agent.devices.socket import SocketDevice
 
 __all__ = [
     "DEFAULT_PATH",
+    "DEV_SEV",
     "DRIVERS",
     "AdministeredDevice",
     "Administration",
@@ -23,7 +24,8 @@ __all__ = [
 ]
 
 # Name in the configuration -> driver.
-DRIVERS: dict[str, type[DevSevDevice | SocketDevice]] = {"dev_sev": DevSevDevice, "socket": SocketDevice}
+DEV_SEV = "dev_sev"
+DRIVERS: dict[str, type[DevSevDevice | SocketDevice]] = {DEV_SEV: DevSevDevice, "socket": SocketDevice}
 
 
 def open_device(driver: str, path: Path, *, timeout: float) -> Device:
@@ -55,5 +57,5 @@ def open_administration(path: Path, *, timeout: float) -> AdministeredDevice:
         path: where the device is.
         timeout: seconds that one command may take.
     """
-    driver = DRIVERS["socket" if path.is_socket() else "dev_sev"]
+    driver = DRIVERS["socket" if path.is_socket() else DEV_SEV]
     return driver(path, timeout=timeout)

@@ -17,9 +17,9 @@ from host_agent.devices import DEFAULT_PATH, Device, open_device
 from host_agent.doctor import firmware, guests, kernel, processor, qemu, site
 from host_agent.doctor.findings import Finding, failed, passed, skipped
 from host_agent.doctor.machine import Machine
-from host_agent.doctor.options import Options
 from host_agent.guest_tables import GuestTable
 from host_agent.hypervisors.base import GuestDefinition
+from host_agent.hypervisors.options import Options
 
 _DEVICE_TIMEOUT = 10.0
 SOFTWARE_PLATFORM = "socket"  # the driver's name
@@ -115,6 +115,7 @@ def _agent(question: Question, agent: AgentConfig | None) -> Iterator[Finding]:
     if agent is not None and question.config_file is not None:
         yield site.certificate(agent.server_tls(), now)
         yield from site.state_dir(question.machine, agent.state_dir)
+        yield site.machines_outlive(question.machine, agent.started_programs())
         written = datetime.fromtimestamp(question.config_file.stat().st_mtime, UTC)
     yield site.clock(question.machine, now=now, written=written)
 

@@ -1,13 +1,12 @@
 """A guest's definition: what its firmware can take, and what on its command line would spoil a launch.
 
-Sources: edk2's footer (common/sev/digest/ovmf.py), QEMU's options, Linux `sev_pin_memory` (a guest's RAM counts
-against RLIMIT_MEMLOCK, machine by machine, unless the process has CAP_IPC_LOCK), proc(5) for /proc/net/unix.
+Sources: edk2's footer (common/sev/digest/ovmf.py), QEMU's options, Linux `sev_pin_memory`
+(host_agent/hypervisors/memlock.py), proc(5) for /proc/net/unix.
 """
 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -17,13 +16,13 @@ from common.sev.digest.kernel_hashes import TABLE_SIZE
 from common.sev.digest.ovmf import TAIL_SIZE_MAX, Footer, parse_footer
 from host_agent.doctor.findings import Finding, failed, passed, skipped, warned
 from host_agent.doctor.machine import Machine
-from host_agent.doctor.options import Options
+from host_agent.hypervisors import memlock
+from host_agent.hypervisors.options import Options
 
 _SMALL = 64  # bytes: less than the smallest table with one secret that is worth its name
 _AMDSEV = "use an AmdSev build of OVMF (OvmfPkg/AmdSev/AmdSevX64.dsc), which has the areas"
-_CAP_IPC_LOCK = 14  # linux/capability.h
 _MIB = 1 << 20
-# QEMU pins what it registers with KVM: RAM, flash, and some small ROMs.
+# Beside RAM and flash QEMU registers some small ROMs with KVM: how large they are, only a start shows.
 _ROMS = 16 * _MIB
 _LISTENING = 0x10000  # SO_ACCEPTCON in /proc/net/unix
 _CONNECTED = "03"
@@ -136,25 +135,23 @@ def memory(machine: Machine, probe_id: str, options: Options, firmware_size: int
         options: the guest's.
         firmware_size: bytes of its firmware, which is pinned too.
     """
-    ram = options.memory
-    if ram is None:
+    wanted = memlock.pinned(options, firmware_size)
+    if wanted is None:
         return skipped(probe_id, "the guest's memory size is not understood", "write it as -m 4G")
     soft, hard = machine.memlock()
-    wanted = ram + firmware_size + _ROMS
-    if soft < 0 or _may_lock(machine):
-        return passed(probe_id, f"no limit for the {ram // _MIB} MiB that a guest pins")
-    seen = f"{soft >> 10} KiB may be locked, the guest pins {wanted >> 10} KiB"
-    if soft >= wanted:
-        return passed(probe_id, seen)
-    more = f" (the hard limit is {hard >> 10} KiB)" if hard >= 0 else ""
-    return failed(probe_id, seen, f"set LimitMEMLOCK=infinity in the agent's unit, or memlock in limits.conf{more}")
-
-
-def _may_lock(machine: Machine) -> bool:
+    status = ""
     with suppress(OSError):
-        found = re.search(r"^CapEff:\s*([0-9a-fA-F]+)$", machine.text("/proc/self/status"), re.MULTILINE)
-        return found is not None and bool(int(found[1], 16) >> _CAP_IPC_LOCK & 1)
-    return False
+        status = machine.text("/proc/self/status")
+    limit = memlock.limit_of(soft, status)
+    if limit is None:
+        return passed(probe_id, f"no limit for the {wanted // _MIB} MiB that a guest pins")
+    seen = f"{limit >> 10} KiB may be locked, the guest pins {wanted >> 10} KiB"
+    if limit >= wanted + _ROMS:
+        return passed(probe_id, seen)
+    advice = memlock.ADVICE + (f" (the hard limit is {hard >> 10} KiB)" if hard >= 0 else "")
+    if limit >= wanted:
+        return warned(probe_id, f"{seen} and its small ROMs", advice)
+    return failed(probe_id, seen, advice)
 
 
 def _monitors(machine: Machine, where: str, paths: Sequence[str]) -> Finding:

@@ -1,4 +1,4 @@
-"""The agent's own place: configuration, certificate, folder and clock.
+"""The agent's own place: configuration, certificate, folder, unit and clock.
 
 Sources: proc(5) for mountinfo, adjtimex(2). The folder is looked at, never made.
 """
@@ -8,14 +8,15 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from common.errors import SevattestError
 from common.rpc.tls import ServerTls, load_server
 from host_agent.doctor.findings import Finding, failed, passed, skipped, warned
-from host_agent.doctor.machine import Machine
+from host_agent.doctor.machine import Machine, Unreadable
+from host_agent.hypervisors import unit
 
 _REMOTE = ("nfs", "cifs", "smb", "9p", "ceph", "glusterfs", "lustre", "gpfs", "afs", "ocfs2", "gfs2", "fuse")
 _FORGETFUL = ("tmpfs", "ramfs")
@@ -72,6 +73,36 @@ def state_dir(machine: Machine, folder: Path) -> Iterator[Finding]:
         yield warned("state_dir.local", f"{folder} is on {kind}, which forgets at a reboot, as machines do", advice)
     else:
         yield passed("state_dir.local", f"{folder} is on {kind or 'a file system without a name'}")
+
+
+def machines_outlive(machine: Machine, programs: Mapping[str, Sequence[str]]) -> Finding:
+    """Whether the machines go on when the service ends that this runs in.
+
+    Args:
+        machine: where it runs.
+        programs: by guest, what the agent starts.
+    """
+    probe, guests = "agent.unit", unit.at_risk(programs)
+    if not guests:
+        return passed(probe, "no machine is in the agent's own unit")
+    try:
+        service = unit.service_of(machine.text("/proc/self/cgroup"))
+    except OSError as error:
+        return skipped(probe, f"/proc/self/cgroup cannot be read: {error.strerror}")
+    if service is None:
+        return skipped(
+            probe, "this command runs in no service of systemd's", "the agent says it in its log at its start"
+        )
+    try:
+        mode = unit.kill_mode(machine.run(service.question))
+    except Unreadable as error:
+        return skipped(probe, error.message)
+    if mode is None:
+        return skipped(probe, f"systemd does not say how it ends {service.name}")
+    seen = f"{service.name} has KillMode={mode}"
+    if unit.takes_along(mode):
+        return warned(probe, f"{seen}: these guests' machines end with the agent: {', '.join(guests)}", unit.ADVICE)
+    return passed(probe, f"{seen}: machines outlive the agent")
 
 
 def _private(folder: Path) -> Finding:

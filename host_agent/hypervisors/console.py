@@ -19,6 +19,7 @@ _BOUND = 256 * 1024
 _KEPT = 64 * 1024
 _TAIL = 16 * 1024
 _QEMU = re.compile(r"^(qemu[\w.+-]*|kvm): ")  # Proxmox VE's QEMU is called kvm
+_SEV = re.compile(r"\bsev_\w+: ")  # a function of QEMU's target/i386/sev.c
 
 
 def open_log(folder: Path) -> BinaryIO:
@@ -58,7 +59,8 @@ def last_words(folder: Path, program: str) -> str:
     """The sentence that tells best why the machine died; empty if it said nothing.
 
     QEMU says what the firmware answered first, and then in more and more general terms that it gives up: a line with a
-    firmware status counts more than the last line, and QEMU's own more than that of whoever started it.
+    firmware status counts more than another of its SEV code, that more than its last line ("failed to initialize kvm"),
+    and QEMU's own more than that of whoever started it.
     """
     try:
         with (folder / LOG).open("rb") as file:
@@ -70,7 +72,12 @@ def last_words(folder: Path, program: str) -> str:
     lines = [line for raw in tail.decode("utf-8", "replace").splitlines() if (line := raw.strip())]
     if not lines:
         return ""
-    telling = [line for line in lines if find_firmware_error(line) is not None]
-    words = (telling or [line for line in lines if _QEMU.match(line)] or lines)[-1]
+    by_weight = (
+        [line for line in lines if find_firmware_error(line) is not None],
+        [line for line in lines if _QEMU.match(line) and _SEV.search(line)],
+        [line for line in lines if _QEMU.match(line)],
+        lines,
+    )
+    words = next(kind for kind in by_weight if kind)[-1]
     # The program's own name in front, or the QEMU's behind it.
     return printable(_QEMU.sub("", words.removeprefix(f"{Path(program).name}: "), count=1))

@@ -10,6 +10,7 @@ from common.sev.digest.ovmf import Area
 from host_agent.hypervisors.attach import AttachDefinition, AttachHypervisor
 from host_agent.hypervisors.base import GuestDefinition, Hypervisor, Machine, StartOrder, Trace
 from host_agent.hypervisors.libvirt import LibvirtDefinition, LibvirtHypervisor, LibvirtSettings
+from host_agent.hypervisors.memlock import LockLimit
 from host_agent.hypervisors.monitored import QemuSettings
 from host_agent.hypervisors.proxmox import ProxmoxDefinition, ProxmoxHypervisor, ProxmoxSettings
 from host_agent.hypervisors.qemu import QemuHypervisor
@@ -38,11 +39,12 @@ class Fleet:
         *,
         proxmox: ProxmoxSettings,
         libvirt: LibvirtSettings,
+        lock_limit: LockLimit | None,
     ) -> None:
         self._drivers = cast(
             "dict[str, Driver]",
             {
-                GuestDefinition.driver: QemuHypervisor({}, settings),
+                GuestDefinition.driver: QemuHypervisor({}, settings, lock_limit),
                 AttachDefinition.driver: AttachHypervisor({}, settings),
                 ProxmoxDefinition.driver: ProxmoxHypervisor({}, settings, proxmox),
                 LibvirtDefinition.driver: LibvirtHypervisor({}, settings, libvirt),

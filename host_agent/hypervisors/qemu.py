@@ -12,26 +12,38 @@ from pathlib import Path
 
 from common.errors import SevattestError
 from host_agent.firmware_errors import hypervisor_failure
-from host_agent.hypervisors import console
+from host_agent.hypervisors import console, memlock
 from host_agent.hypervisors.arguments import MONITOR, MachineOptions, command_line
 from host_agent.hypervisors.base import GuestDefinition, Machine, MachineId, StartOrder, Trace
 from host_agent.hypervisors.guests import Guests
 from host_agent.hypervisors.inputs import Inputs
+from host_agent.hypervisors.memlock import LockLimit
 from host_agent.hypervisors.monitored import MonitoredMachine, QemuSettings, until_greeted
 from host_agent.hypervisors.process import Process, boot_id, end_family
 from host_agent.hypervisors.qmp import MonitorSession, monitor
 
 
 class QemuHypervisor(Guests[GuestDefinition]):
-    """Starts the guests of the configuration as QEMU processes."""
+    """Starts the guests of the configuration as QEMU processes.
 
-    def __init__(self, guests: Mapping[str, GuestDefinition], settings: QemuSettings) -> None:
+    Args:
+        guests: their definitions, by name.
+        settings: how machines are spoken to.
+        lock_limit: asked before each start, where the guest's memory will be pinned; None where it will not.
+    """
+
+    def __init__(
+        self, guests: Mapping[str, GuestDefinition], settings: QemuSettings, lock_limit: LockLimit | None = None
+    ) -> None:
         super().__init__(guests)
         self._settings = settings
+        self._lock_limit = lock_limit
 
     async def create(self, order: StartOrder) -> Machine:
         """See `Hypervisor`."""
         definition = self.definition(order.guest)
+        if self._lock_limit is not None:
+            memlock.check(order.guest, definition.args, definition.firmware, self._lock_limit())
         argv = command_line(
             definition.program,
             definition.args,

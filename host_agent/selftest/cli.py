@@ -96,7 +96,7 @@ def _subject(args: argparse.Namespace) -> Subject:
     roots = pinned_roots() if args.ca is None else (named_root(args.ca.read_bytes()),)
     return Subject(
         device=open_device(loaded.device.driver, loaded.device.path, timeout=loaded.device.timeout),
-        hypervisor=QemuHypervisor(definitions, loaded.qemu_settings()),
+        hypervisor=QemuHypervisor(definitions, loaded.qemu_settings(), loaded.lock_limit()),
         guest=guest,
         definition=definitions[guest],
         state_dir=loaded.state_dir,

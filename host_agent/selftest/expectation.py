@@ -13,8 +13,8 @@ from common.sev.digest.kernel_hashes import KernelHashes
 from common.sev.digest.vmsa import Flavour
 from common.sev.errors import ParseError
 from common.sev.explain import Catalogue, Expected
-from host_agent.doctor.options import Options
 from host_agent.hypervisors.base import GuestDefinition
+from host_agent.hypervisors.options import Options
 
 _CHUNK = 1 << 20  # bytes read at a time
 _FILE, _COMMAND_LINE = "as configured", "as configured"  # labels of the only version of each that is on file

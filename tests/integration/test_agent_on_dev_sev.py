@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from common.errors import Reason, SevattestError, Unavailable
+from common.errors import InvalidInput, Reason, SevattestError, Unavailable
 from host_agent.devices import open_administration
-from orchestrator.demo.processes import Service
 from sevattest.v1 import host_agent_service_pb2 as pb
-from tests.support.agent_site import REPOSITORY, Owner, Site
+from tests.support.agent_site import Owner, Site
+from tests.support.dev_sev_site import DevSevSite, dev_sev_site
 from tests.support.pki import Pki
-from tests.support.platform import SEVATTEST, Platform, running_platform
+from tests.support.platform import Platform, running_platform
 
 pytestmark = pytest.mark.slow
 
@@ -27,47 +23,13 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
     with running_platform(tmp_path_factory.mktemp("p")) as running:
-        words = [*SEVATTEST, "platform", "run", "--state", str(running.state), "--", "true"]
-        tried = subprocess.run(words, check=False, capture_output=True, text=True, timeout=60)
-        if tried.returncode:
-            pytest.skip(f"system calls cannot be intercepted here (seccomp user notification): {tried.stderr.strip()}")
         yield running
-
-
-class DevSevSite(Site):
-    """A site whose agent looks for /dev/sev; with `intercepted` it finds the software platform's there."""
-
-    intercepted = True
-
-    def write_config(self) -> None:
-        super().write_config()
-        text = self.config.read_text()
-        socket = f'driver = "socket"\npath = "{self.platform.socket}"'
-        assert socket in text
-        self.config.write_text(text.replace(socket, 'driver = "dev_sev"'))
-
-    def start(self, point: str | None = None) -> Service:
-        assert point is None
-        self.write_config()
-        front = [*SEVATTEST, "platform", "run", "--state", str(self.platform.state), "--"] if self.intercepted else []
-        agent = [sys.executable, "-c", "import sys; from host_agent.cli import main; sys.exit(main())"]
-        command = [*front, *agent, "serve", "--config", str(self.config)]
-        environ = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-        service = Service("sev-host-agent", command, logs=self.root, environ=environ)
-        self.services.append(service)
-        service.start()
-        return service
 
 
 @pytest.fixture
 def site(platform: Platform, tmp_path_factory: pytest.TempPathFactory) -> Iterator[DevSevSite]:
-    root = Path(tempfile.mkdtemp(prefix="sevattest-agent-"))  # short enough for a socket's path
-    made = DevSevSite(root, platform, Pki(tmp_path_factory.mktemp("pki")))
-    try:
+    with dev_sev_site(DevSevSite, platform, Pki(tmp_path_factory.mktemp("pki"))) as made:
         yield made
-    finally:
-        made.end()
-        shutil.rmtree(root, ignore_errors=True)
 
 
 async def test_a_guest_is_launched_with_what_the_ioctl_exports(site: DevSevSite) -> None:
@@ -96,6 +58,37 @@ async def test_without_a_device_the_agent_serves_and_says_what_is_missing(site: 
         with pytest.raises(Unavailable, match="/dev/sev cannot be opened for reading") as error:
             await call("ExportChain", pb.ExportChainRequest())
         assert error.value.reason is Reason.PLATFORM_UNAVAILABLE
+
+
+LITTLE = ["prlimit", "--memlock=65536:65536"]
+# Root may lock more, whatever the limit is; others may not, and cannot give up what they do not have.
+MAY_NOT = ["setpriv", "--bounding-set=-ipc_lock", "--inh-caps=-ipc_lock"] if os.geteuid() == 0 else []
+
+
+async def test_a_guest_that_is_larger_than_what_may_be_locked_is_refused(site: DevSevSite) -> None:
+    del site.qemu["check_memlock"]
+    site.prefix = [*LITTLE, *MAY_NOT]
+    async with site.caller(site.start()) as call:
+        with pytest.raises(InvalidInput, match="266240 KiB of RAM and flash, and the agent may lock 64 KiB") as refusal:
+            await call.start(Owner(pdh=await call.pdh()))
+        assert refusal.value.reason is Reason.INVALID_CONFIGURATION
+        assert "LimitMEMLOCK=" in refusal.value.message
+    assert site.machines() == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root has CAP_IPC_LOCK")
+async def test_the_right_to_lock_memory_lifts_the_limit(site: DevSevSite) -> None:
+    del site.qemu["check_memlock"]
+    site.prefix = LITTLE
+    async with site.caller(site.start()) as call:
+        assert (await call.start(Owner(pdh=await call.pdh()))).state == pb.GUEST_LAUNCH_STATE_PAUSED
+
+
+async def test_where_nothing_is_pinned_the_limit_need_not_be_looked_at(site: DevSevSite) -> None:
+    assert site.qemu["check_memlock"] == "false"
+    site.prefix = [*LITTLE, *MAY_NOT]
+    async with site.caller(site.start()) as call:
+        assert (await call.start(Owner(pdh=await call.pdh()))).state == pb.GUEST_LAUNCH_STATE_PAUSED
 
 
 async def _until_read(site: Site, owner: Owner) -> None:

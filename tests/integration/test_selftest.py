@@ -462,12 +462,9 @@ def test_a_real_qemu_with_other_words_fails(site: Site, platform: Platform, qemu
 
 def under(site: Site, *words: str) -> tuple[int, dict[str, str], str]:
     """The selftest with the driver of /dev/sev, under `platform run`."""
+    site.use_dev_sev()
+    site.qemu["cbitpos"] = look(ThisMachine()).c_bit or 0
     site.write_config()
-    device = f'driver = "socket"\npath = "{site.platform.socket}"\n'
-    text = site.config.read_text()
-    assert device in text
-    bit = look(ThisMachine()).c_bit or 0
-    site.config.write_text(text.replace(device, 'driver = "dev_sev"\n') + f"[qemu]\ncbitpos = {bit}\n")
     return run_selftest(run_words(site.platform, *AGENT, "selftest", "--config", str(site.config), *words))
 
 

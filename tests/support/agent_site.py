@@ -13,7 +13,7 @@ import secrets
 import shutil
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -79,13 +79,18 @@ class Owner:
             iv=secrets.token_bytes(16),
         )
 
-    def release(self, answer: pb.GetMeasurementResponse, shape: LaunchShape) -> SecretPacket:
-        """The packet for a measurement that is the expected one; the same one when asked again."""
+    def accepts(self, answer: pb.GetMeasurementResponse, shape: LaunchShape) -> bool:
+        """Whether the measurement is that of a guest of this shape."""
         blob = MeasurementBlob.parse(answer.measurement)
         version = answer.firmware
         firmware = FirmwareVersion(version.api_major, version.api_minor, version.build)
         digests = [shape.digest()]
-        assert match(tik=self.keys.tik, blob=blob, firmware=firmware, policy=self.policy, digests=digests) == 0
+        return match(tik=self.keys.tik, blob=blob, firmware=firmware, policy=self.policy, digests=digests) == 0
+
+    def release(self, answer: pb.GetMeasurementResponse, shape: LaunchShape) -> SecretPacket:
+        """The packet for a measurement that is the expected one; the same one when asked again."""
+        assert self.accepts(answer, shape)
+        blob = MeasurementBlob.parse(answer.measurement)
         if self.packet is None:
             self.packet = seal_packet(
                 keys=self.keys,
@@ -113,19 +118,26 @@ class Site:
         self.serial = root / "serial"
         self.config = root / "agent.toml"
         self.settings: dict[str, object] = {}
+        self.by_ioctl = False
+        self.qemu: dict[str, object] = {}
         self.program = platform.machine()
+        self.vcpus = VCPUS
+        self.boots_directly = True
+        self.more_args: list[str] = []
         self.services: list[Service] = []
 
     def write_config(self) -> None:
         """Write `agent.toml`."""
         agent = self.pki.issue(Role.AGENT, ip=["127.0.0.1"])
+        boot = ("-kernel", str(self.kernel), "-initrd", str(self.initrd), "-append", CMDLINE)
         args = [
-            *("-machine", "q35", "-cpu", CPU, "-smp", str(VCPUS), "-m", "256M"),
+            *("-machine", "q35", "-cpu", CPU, "-smp", str(self.vcpus), "-m", "256M"),
             *("-nodefaults", "-no-user-config", "-display", "none"),
-            *("-kernel", str(self.kernel), "-initrd", str(self.initrd), "-append", CMDLINE),
+            *(boot if self.boots_directly else ()),
             *("-serial", f"file:{self.serial}"),
+            *self.more_args,
         ]
-        launches = "\n".join(f"{key} = {value}" for key, value in self.settings.items())
+        device = 'driver = "dev_sev"' if self.by_ioctl else f'driver = "socket"\npath = "{self.platform.socket}"'
         self.config.write_text(
             f"""\
 listen = "127.0.0.1:0"
@@ -138,10 +150,11 @@ trust_domain = "{DATACENTER_DOMAIN}"
 [health]
 socket = "health.sock"
 [device]
-driver = "socket"
-path = "{self.platform.socket}"
+{device}
+[qemu]
+{_lines(self.qemu)}
 [launches]
-{launches}
+{_lines(self.settings)}
 [guests.web]
 program = {json.dumps(self.program)}
 firmware = "{self.firmware}"
@@ -149,15 +162,21 @@ args = {json.dumps(args)}
 """
         )
 
+    def use_dev_sev(self) -> None:
+        """Configure the ioctl's driver. Under `platform run` nothing is pinned, whatever the guest's size."""
+        self.by_ioctl = True
+        self.qemu["check_memlock"] = "false"
+
     def shape(self, policy: GuestPolicy = ES) -> LaunchShape:
         """What the owner expects."""
         es = policy.requires_es
+        hashes = KernelHashes.of(
+            sha256(self.kernel.read_bytes()).digest(), sha256(self.initrd.read_bytes()).digest(), CMDLINE.encode()
+        )
         return LaunchShape(
             firmware=measure_firmware([self.firmware.read_bytes()]),
-            hashes=KernelHashes.of(
-                sha256(self.kernel.read_bytes()).digest(), sha256(self.initrd.read_bytes()).digest(), CMDLINE.encode()
-            ),
-            vcpus=VCPUS if es else None,
+            hashes=hashes if self.boots_directly else None,
+            vcpus=self.vcpus if es else None,
             cpu=parse_cpu(CPU) if es else None,
             flavour=Flavour.LEGACY if es else None,
         )
@@ -209,6 +228,10 @@ args = {json.dumps(args)}
     def read_by_guest(self) -> list[str]:
         """What the guest has written to its serial line."""
         return self.serial.read_text().splitlines() if self.serial.exists() else []
+
+
+def _lines(table: Mapping[str, object]) -> str:
+    return "\n".join(f"{key} = {value}" for key, value in table.items())
 
 
 def _launch(answer: Any) -> pb.GuestLaunch:

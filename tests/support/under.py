@@ -20,6 +20,12 @@ def run_words(platform: Platform, *program: str, own: Sequence[str] = ()) -> lis
     return [*SEVATTEST, "platform", "run", "--state", str(platform.state), *own, "--", *program]
 
 
+def why_not_under(platform: Platform) -> str:
+    """Why nothing can be run on this platform here; empty where it can."""
+    tried = subprocess.run(run_words(platform, "true"), check=False, capture_output=True, text=True, timeout=TIMEOUT)
+    return tried.stderr.strip() if tried.returncode else ""
+
+
 def program_of(function: Callable[..., object], *arguments: object) -> list[str]:
     """A program that calls a module's function and prints what it returns, as JSON."""
     code = (

@@ -258,3 +258,26 @@ def test_usage_errors_end_with_2(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_imports_no_grpc() -> None:
     code = "import sys; from host_agent.cli import _parser; _parser(); sys.exit('grpc' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+DEV_SEV = MINIMAL.replace('driver = "socket"\npath = "sev.sock"', 'driver = "dev_sev"')
+
+
+def test_memory_is_counted_where_kvm_pins_it_and_nowhere_else(folder: Path) -> None:
+    assert read(folder, DEV_SEV).lock_limit() is not None
+    assert read(folder, DEV_SEV + "[qemu]\ncheck_memlock = false\n").lock_limit() is None
+    assert read(folder, MINIMAL).lock_limit() is None
+
+
+def test_a_machine_may_be_started_in_a_scope_and_not_in_a_service(folder: Path) -> None:
+    runner = folder / "systemd-run"
+    runner.write_text("#!/bin/sh\n")
+    runner.chmod(0o755)
+
+    def program(*words: str) -> str:
+        return GUEST.replace('["/bin/true", "--own"]', str([str(runner), *words]))
+
+    config = read(folder, MINIMAL + program("--scope", "--", "/bin/true"))
+    assert config.started_programs() == {"web": [str(runner), "--scope", "--", "/bin/true"]}
+    with pytest.raises(InvalidInput, match=r"guests\.web\.program: systemd-run without --scope"):
+        read(folder, MINIMAL + program("--", "/bin/true", "--scope"))

@@ -9,7 +9,7 @@ import pytest
 from emulator.firmware_image import build_image
 from host_agent.doctor.captured import CapturedMachine
 from host_agent.doctor.guests import probe, probe_foreign
-from host_agent.doctor.options import Options
+from host_agent.hypervisors.options import Options
 from tests.support.hosts import changed, host, outcomes
 
 KERNEL = ["-kernel", "/k", "-append", "quiet"]
@@ -108,6 +108,12 @@ def test_a_guest_that_is_larger_than_what_may_be_locked_fails(firmware: Path, tm
     machine = limited(tmp_path, 8 << 20)
     assert look(firmware, ["-m", "4G"], machine=machine)["memlock"] == "FAIL"
     assert look(firmware, ["-m", "4G"], machine=limited(tmp_path / "more", 5 << 30))["memlock"] == "PASS"
+
+
+def test_a_guest_that_leaves_no_room_for_small_roms_warns(firmware: Path, tmp_path: Path) -> None:
+    exact = (4 << 30) + firmware.stat().st_size
+    assert look(firmware, ["-m", "4G"], machine=limited(tmp_path, exact))["memlock"] == "WARN"
+    assert look(firmware, ["-m", "4G"], machine=limited(tmp_path / "less", exact - 1))["memlock"] == "FAIL"
 
 
 def test_the_right_to_lock_memory_lifts_the_limit(firmware: Path, tmp_path: Path) -> None:

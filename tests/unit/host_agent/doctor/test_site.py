@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from host_agent.doctor.captured import CapturedMachine
-from host_agent.doctor.site import clock, state_dir
+from host_agent.doctor.site import clock, machines_outlive, state_dir
 from tests.support.hosts import changed, host, outcomes
 
 NOW = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
@@ -77,3 +77,36 @@ def test_a_configuration_from_the_future_shows_a_clock_that_is_behind(ahead: tim
 )
 def test_a_clock_that_nothing_keeps_right_warns(name: str, outcome: str) -> None:
     assert str(clock(host(name), now=NOW, written=None).outcome) == outcome
+
+
+QEMU = {"web": ["qemu-system-x86_64"]}
+SCOPED = {"web": ["systemd-run", "--scope", "--", "qemu-system-x86_64"]}
+ASKED = "systemctl show --property=KillMode -- agent.service"
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "mode", "programs", "outcome"),
+    [
+        ("0::/system.slice/agent.service", "control-group", QEMU, "WARN"),
+        ("0::/system.slice/agent.service", "mixed", QEMU, "WARN"),
+        ("0::/system.slice/agent.service", "process", QEMU, "PASS"),
+        ("0::/system.slice/agent.service", "control-group", SCOPED, "PASS"),
+        ("0::/system.slice/agent.service", "control-group", {**SCOPED, "db": ["qemu"]}, "WARN"),
+        ("0::/system.slice/agent.service", "control-group", {}, "PASS"),
+        ("0::/system.slice/agent.service", None, QEMU, "SKIP"),
+        ("0::/user.slice/user-0.slice/session-1.scope", "control-group", QEMU, "SKIP"),
+        (None, "control-group", QEMU, "SKIP"),
+    ],
+)
+def test_a_service_that_would_take_the_machines_along_warns(
+    tmp_path: Path, cgroup: str | None, mode: str | None, programs: dict[str, list[str]], outcome: str
+) -> None:
+    files = {} if cgroup is None else {"proc/self/cgroup": f"{cgroup}\n"}
+    root = changed(tmp_path, "rome-sev-es", files)
+    if mode is not None:
+        # The captured machine's last table is the one of its programs.
+        with (root / "machine.toml").open("a") as file:
+            file.write(f'"{ASKED}" = "KillMode={mode}\\n"\n')
+    finding = machines_outlive(CapturedMachine(root), programs)
+    assert (finding.probe, str(finding.outcome)) == ("agent.unit", outcome), finding
+    assert ("web" in finding.seen) == (outcome == "WARN" and programs == QEMU)

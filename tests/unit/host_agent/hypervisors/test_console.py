@@ -11,6 +11,8 @@ from common.errors import PlatformFailed
 from host_agent.hypervisors.console import LOG, last_words, open_log, trim_log
 
 FIRMWARE = "sev_launch_start: LAUNCH_START ret=1 fw_error=11 'Bad measurement'"
+NO_ES = "-accel kvm: sev_common_kvm_init: guest policy requires SEV-ES, but host SEV-ES support unavailable"
+QEMU_10 = "qemu-system-x86_64"
 QEMU = "/usr/bin/qemu-system-x86_64"
 
 
@@ -26,6 +28,9 @@ QEMU = "/usr/bin/qemu-system-x86_64"
             FIRMWARE,
         ),
         ("qemu: failed to initialize ret=-25 fw_error=0\nqemu: -accel kvm: no\n", "-accel kvm: no"),
+        # QEMU 10.0 on a platform without SEV-ES, and a line that only looks like its own.
+        (f"{QEMU_10}: {NO_ES}\nsev_x: y\n{QEMU_10}: failed to initialize kvm: Operation not permitted\n", NO_ES),
+        (f"sev_x: y\n{QEMU_10}: -m: no\n", "-m: no"),
         ("\x1b[31mred\x00\x07\n", "[31mred"),
         ("sev-host-agent: 1: exec: /x: not found", "sev-host-agent: 1: exec: /x: not found"),
     ],
