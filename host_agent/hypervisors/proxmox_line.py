@@ -2,12 +2,14 @@
 
 `qm showcmd` prints the line that `qm start` will run. The launch's own part of it is the file that `args:` names (see
 `inputs.py`); the rest is the machine's configuration, checked by the same rules as a definition's arguments
-(`arguments.py`). Pure code. Facts: qemu-server, src/PVE/QemuServer.pm (config_to_command, vm_start_nolock) and
-src/PVE/CLI/qm.pm (showcmd); `--pretty` breaks lines inside quoted words as well, so it is for people only.
+(`arguments.py`). Pure code. Facts: qemu-server, src/PVE/QemuServer.pm (config_to_command, vm_start_nolock),
+src/PVE/QemuServer/USB.pm, src/test/cfg2cmd/*.cmd and src/PVE/CLI/qm.pm (showcmd); `--pretty` breaks lines inside
+quoted words as well, so it is for people only.
 """
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import PurePath
@@ -18,6 +20,9 @@ from host_agent.hypervisors.arguments import check_options
 # What Proxmox VE says and a definition may not: the process is found by its monitor, and the file is the agent's own.
 _PROXMOX_FLAGS = frozenset({"daemonize"})
 _PROXMOX_VALUES = frozenset({"id", "readconfig"})
+# The buses of a q35 machine and the USB controllers of an older i440fx one come from files of the package. They hold
+# devices only, and whoever can replace them can replace qm as well.
+_PROXMOX_FILES = re.compile(r"/usr/share/qemu-server/pve-[A-Za-z0-9.-]+\.cfg")
 _ADVICE = (
     ("sev-", "qm set {vmid} --delete amd-sev"),
     ("pflash", "qm set {vmid} --bios seabios --delete efidisk0"),
@@ -51,10 +56,11 @@ def check_line(vmid: int, text: str, *, monitor: PurePath, launch_file: PurePath
         raise InvalidInput(Reason.INVALID_CONFIGURATION, error.message, **fields) from error
     if "S" not in (name for name, _ in found):
         raise _refused(vmid, "would not start paused", f"qm set {vmid} --freeze 1")
-    if [value for name, value in found if name == "readconfig"] != [str(launch_file)]:
+    files = [value for name, value in found if name == "readconfig"]
+    if files[-1:] != [str(launch_file)] or not all(_PROXMOX_FILES.fullmatch(file) for file in files[:-1]):
         raise _refused(
             vmid,
-            f"is not started with the launch's file {launch_file}, once, and no other",
+            f"is not started with the launch's file {launch_file}, once, last, and with no other than Proxmox VE's own",
             f"qm set {vmid} --args '-readconfig {launch_file}', with what else the guest needs",
         )
     if not _has_monitor(found, monitor):

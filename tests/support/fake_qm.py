@@ -3,12 +3,14 @@
     fake_qm.py STATE showcmd VMID [--pretty] | start VMID | stop VMID
 
 STATE is a folder: `VMID.conf` as in /etc/pve/qemu-server, `kvm.json` with the words that run a machine in place of
-/usr/bin/kvm, `lock-VMID`, `tasks` (a line for each thing that was done), and the sockets as in /var/run/qemu-server.
+/usr/bin/kvm, `lock-VMID`, `calls` (a line for each run of the command), `tasks` (one for each thing that was done), and
+the sockets as in /var/run/qemu-server.
 
 Facts, from qemu-server (src/PVE/QemuServer.pm, vm_start_nolock and config_to_command; src/test/cfg2cmd/*.cmd) and
 pve-guest-common (GuestHelpers.pm, exec_hookscript): the configuration is read, under its lock, before the hookscript's
 pre-start, so what a hook changes in it does not count; a failing pre-start ends the start; QEMU daemonizes; a failing
-post-start is a warning. `args:` comes last on the line but for nothing; `freeze: 1` is -S.
+post-start is a warning. `args:` comes last on the line; `freeze: 1` is -S. A q35 machine has `-readconfig` of a file of
+Proxmox VE's own, an older i440fx one with a USB device has another.
 """
 
 from __future__ import annotations
@@ -28,6 +30,29 @@ from tests.support.machine_kinds import expanded, merged
 
 _LOCK_TIMEOUT = 10.0  # seconds, as qm has
 _START_TIMEOUT = 30.0
+_PROXMOX_ONLY = {"-id", "-chardev", "-mon", "-pidfile", "-smbios", "-boot", "-vnc", "-device", "-global", "-iscsi"}
+_SHARE = "/usr/share/qemu-server"
+# What a machine type brings along, in the order of the line.
+_Q35_HOTPLUG = ["-global", "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off"]
+_Q35 = [
+    *("-global", "ICH9-LPC.disable_s3=1", "-global", "ICH9-LPC.disable_s4=1"),
+    *("-readconfig", f"{_SHARE}/pve-q35-4.0.cfg"),
+    *("-device", "usb-tablet,id=tablet,bus=ehci.0,port=1", "-device", "VGA,id=vga,bus=pcie.0,addr=0x1"),
+]
+_I440FX = [
+    *("-global", "PIIX4_PM.disable_s3=1", "-global", "PIIX4_PM.disable_s4=1"),
+    *("-device", "pci-bridge,id=pci.1,chassis_nr=1,bus=pci.0,addr=0x1e"),
+    *("-device", "pci-bridge,id=pci.2,chassis_nr=2,bus=pci.0,addr=0x1f"),
+    *("-device", "piix3-usb-uhci,id=uhci,bus=pci.0,addr=0x1.0x2"),
+    *("-device", "usb-tablet,id=tablet,bus=uhci.0,port=1", "-device", "VGA,id=vga,bus=pci.0,addr=0x2"),
+]
+_I440FX_USB = ["-readconfig", f"{_SHARE}/pve-usb.cfg"]
+_FLASH_FILE = {"driver": "file", "filename": "/usr/share/pve-edk2-firmware//OVMF_CODE_4M.fd"}
+_FLASH = [
+    "-blockdev",
+    json.dumps({"driver": "raw", "file": _FLASH_FILE, "node-name": "pflash0", "read-only": True}),
+]
+_FLASH_MACHINE = ["pflash0=pflash0"]
 
 
 class Qm:
@@ -80,27 +105,28 @@ class Qm:
 
     def _command(self) -> list[str]:
         conf, vmid, run = self._conf, self._vmid, self._state
-        uefi = ["-drive", "if=pflash,unit=0,format=raw,readonly=on,file=/usr/share/pve-edk2-firmware//OVMF_CODE_4M.fd"]
-        sev = ["-object", "sev-guest,id=sev0,cbitpos=51,reduced-phys-bits=6,policy=0x8"]
-        machine = f"type={conf.get('machine', 'q35')}+pve0"
+        machine = conf.get("machine", "q35")
+        sev = "amd-sev" in conf
+        options = [*(_FLASH_MACHINE if conf.get("bios") == "ovmf" else []), f"type={machine}+pve0"]
         return [
             *("/usr/bin/kvm", "-id", vmid, "-name", f"{conf['name']},debug-threads=on", "-no-shutdown"),
             *("-chardev", f"socket,id=qmp,path={run}/{vmid}.qmp,server=on,wait=off"),
             *("-mon", "chardev=qmp,mode=control"),
-            *("-chardev", "socket,id=qmp-event,path=/var/run/qmeventd.sock,reconnect=5"),
+            *("-chardev", "socket,id=qmp-event,path=/var/run/qmeventd.sock,reconnect-ms=5000"),
             *("-mon", "chardev=qmp-event,mode=control"),
             *("-pidfile", f"{run}/{vmid}.pid", "-daemonize"),
             *("-smbios", "type=1,uuid=7b10d7af-b932-4c66-b2c3-3996152ec465"),
-            *(uefi if conf.get("bios") == "ovmf" else []),
+            *(_FLASH if conf.get("bios") == "ovmf" else []),
+            *(_Q35_HOTPLUG if "q35" in machine else []),
             *("-smp", "{0},sockets=1,cores={0},maxcpus={0}".format(conf.get("cores", "1")), "-nodefaults"),
             *("-boot", "menu=on,strict=on,reboot-timeout=1000,splash=/usr/share/qemu-server/bootsplash.jpg"),
             *("-vnc", f"unix:{run}/{vmid}.vnc,password=on", "-cpu", conf.get("cpu", "kvm64"), "-m", conf["memory"]),
             *(["-S"] if conf.get("freeze") == "1" else []),
-            *("-device", "pcie-root-port,id=ich9-pcie-port-1,addr=10.0,x-speed=16,x-width=32,chassis=1"),
-            *("-device", "virtio-balloon-pci,id=balloon0,bus=pcie.0,addr=0x3,free-page-reporting=on"),
+            *(_Q35 if "q35" in machine else [*_I440FX, *(_I440FX_USB if "usb0" in conf else [])]),
+            *("-device", "virtio-balloon-pci,id=balloon0,bus=pci.0,addr=0x3,free-page-reporting=on"),
             *("-iscsi", "initiator-name=iqn.1993-08.org.debian:01:aabbccddeeff"),
-            *(sev if "amd-sev" in conf else []),
-            *("-machine", machine + (",confidential-guest-support=sev0" if "amd-sev" in conf else "")),
+            *(["-object", "sev-guest,id=sev0,cbitpos=51,reduced-phys-bits=6,policy=0x8"] if sev else []),
+            *("-machine", ",".join([*options, *(["confidential-guest-support=sev0"] if sev else [])])),
             *shlex.split(conf.get("args", "")),
         ]
 
@@ -130,9 +156,11 @@ class Qm:
     def _translated(self) -> list[str]:
         """The line for programs that know less than Proxmox VE's QEMU."""
         words: list[str] = []
-        given = iter(expanded(self._command()[1:]))
+        line = self._command()[1:]
+        own = [index for index, word in enumerate(line) if word.startswith(f"{_SHARE}/pve-")]
+        given = iter(expanded([word for index, word in enumerate(line) if not {index, index + 1} & set(own)]))
         for word in given:
-            if word in {"-id", "-chardev", "-mon", "-pidfile", "-smbios", "-boot", "-vnc", "-device", "-iscsi"}:
+            if word in _PROXMOX_ONLY:
                 next(given)
             elif word not in {"-daemonize", "-no-shutdown"}:
                 words.append(word.replace("+pve0", ""))
@@ -180,6 +208,8 @@ def _locked(descriptor: int) -> bool:
 def main(words: list[str]) -> int:
     """Run one command."""
     state, verb, vmid, *options = words
+    with (Path(state) / "calls").open("a") as calls:
+        calls.write(f"{verb}\n")
     qm = Qm(Path(state), vmid)
     match verb:
         case "showcmd":
