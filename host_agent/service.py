@@ -65,16 +65,16 @@ class HostAgentService(HostAgentServiceServicer):
         return pb.ExportChainResponse(platform=platform_pb2.PlatformEvidence(chain=chain, chip_id=chip_id))
 
     async def GetPlatform(self, _request: pb.GetPlatformRequest, _context: Context) -> pb.GetPlatformResponse:  # noqa: N802 -- the RPC's name
-        """The platform's state."""
+        """The platform's state; a field that the device does not tell is left out, which reads as its zero."""
         # The certificates first: exporting them may initialise the platform, and the state is to be true afterwards.
         chain = await self._device.export_chain()
         status = await self._device.status()
         return pb.GetPlatformResponse(
-            firmware=wire.firmware_version_to_proto(status.firmware),
+            firmware=None if status.firmware is None else wire.firmware_version_to_proto(status.firmware),
             state=pb.GetPlatformResponse.State.Value(f"STATE_{status.state.name}"),
-            externally_owned=status.externally_owned,
-            es_enabled=status.es_enabled,
-            guest_count=status.guest_count,
+            externally_owned=bool(status.externally_owned),
+            es_enabled=bool(status.es_enabled),
+            guest_count=status.guest_count or 0,
             pdh_fingerprint=pdh_fingerprint(chain),
         )
 

@@ -1,7 +1,7 @@
 """What is asked of the platform's SEV device, whichever driver reaches it.
 
 Split by power: `Device` reads, and is all that the agent has; `Administration` changes the platform, and is for the
-person at the host. The drivers: `dev_sev.py` (/dev/sev) and `socket.py` (the software platform).
+person at the host. The drivers: `dev_sev.py` (/dev/sev), `socket.py` (the software platform), `qmp.py` (a QEMU).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from common.sev.measurement import FirmwareVersion
 
 @dataclass(frozen=True, kw_only=True)
 class PlatformStatus:
-    """PLATFORM_STATUS.
+    """PLATFORM_STATUS; None is what a driver cannot learn (`qmp.py`), and nobody may take it for a no or a zero.
 
     Attributes:
         firmware: API version and build.
@@ -28,11 +28,11 @@ class PlatformStatus:
         guest_count: guests that the firmware knows.
     """
 
-    firmware: FirmwareVersion
+    firmware: FirmwareVersion | None
     state: PlatformState
-    externally_owned: bool
-    es_enabled: bool
-    guest_count: int
+    externally_owned: bool | None
+    es_enabled: bool | None
+    guest_count: int | None
 
 
 def pdh_fingerprint(chain: bytes) -> bytes:

@@ -43,7 +43,7 @@ class QmpDevice:
         self._ask = ask
 
     async def status(self) -> PlatformStatus:
-        """See `Device`; `externally_owned` and `es_enabled` are False and `guest_count` counts QEMU's own guest."""
+        """See `Device`; owner, SEV-ES and guests are not known, and the version is only where QEMU runs a SEV guest."""
         await self._capabilities()
         sev = _members("query-sev", await self._ask("query-sev"))
         runs = sev.get("enabled") is True
@@ -52,11 +52,11 @@ class QmpDevice:
             raise _nonsense("query-sev", "its version")
         major, minor, build = (int(str(part)) for part in version)
         return PlatformStatus(
-            firmware=FirmwareVersion(major, minor, build),
+            firmware=FirmwareVersion(major, minor, build) if runs else None,
             state=PlatformState.WORKING if runs else PlatformState.INIT,
-            externally_owned=False,
-            es_enabled=False,
-            guest_count=int(runs),
+            externally_owned=None,
+            es_enabled=None,
+            guest_count=None,
         )
 
     async def export_chain(self) -> bytes:

@@ -12,16 +12,18 @@ from common.amd.kds import KeyService
 from common.errors import SevattestError
 from common.sev.certs.roots import Root
 from host_agent import config
-from host_agent.config import AgentConfig
-from host_agent.devices import DEFAULT_PATH, Device, open_device
+from host_agent.app import make_device
+from host_agent.config import AgentConfig, DeviceTable
+from host_agent.devices import DEFAULT_PATH, DEV_SEV, Device
+from host_agent.devices.qmp import QmpDevice
 from host_agent.doctor import firmware, guests, kernel, processor, qemu, site
 from host_agent.doctor.findings import Finding, failed, passed, skipped
 from host_agent.doctor.machine import Machine
 from host_agent.guest_tables import GuestTable
+from host_agent.hypervisors.attach import AttachDefinition
 from host_agent.hypervisors.base import GuestDefinition
 from host_agent.hypervisors.options import Options
 
-_DEVICE_TIMEOUT = 10.0
 SOFTWARE_PLATFORM = "socket"  # the driver's name
 
 
@@ -52,7 +54,7 @@ async def examine(question: Question) -> list[Finding]:
     """What all probes find; no probe raises, and none changes anything."""
     findings: list[Finding] = []
     agent = _read_config(question, findings)
-    driver = "dev_sev" if agent is None else agent.device.driver
+    driver = DEV_SEV if agent is None else agent.device.driver
     cpu = processor.look(question.machine)
     if driver == SOFTWARE_PLATFORM:
         why = "the configured device is a software platform, for which this host needs no SEV of its own"
@@ -60,8 +62,7 @@ async def examine(question: Question) -> list[Finding]:
     else:
         c_bit = None if agent is None else agent.qemu.cbitpos
         findings += processor.probe(cpu, es=question.es, c_bit=c_bit)
-        path = DEFAULT_PATH if agent is None else str(agent.device.path)
-        findings += kernel.probe(question.machine, cpu, es=question.es, device=path)
+        findings += kernel.probe(question.machine, cpu, es=question.es, device=_device_node(agent))
     snp = driver != SOFTWARE_PLATFORM and kernel.snp_is_on(question.machine)
     if question.captured:
         findings.append(skipped("firmware.answers", "a machine that was written down has no firmware to ask"))
@@ -99,11 +100,20 @@ def _read_config(question: Question, findings: list[Finding]) -> AgentConfig | N
     return agent
 
 
-def _device(agent: AgentConfig | None, findings: list[Finding]) -> Device | None:
+def _device_node(agent: AgentConfig | None) -> str | None:
+    """The kernel's device that this user must be able to open; None where only a QEMU of somebody else's does."""
     if agent is None:
-        return open_device("dev_sev", Path(DEFAULT_PATH), timeout=_DEVICE_TIMEOUT)
+        return DEFAULT_PATH
+    if agent.device.driver != QmpDevice.name:
+        return str(agent.device.path)
+    own = {GuestDefinition.driver, AttachDefinition.driver}  # their machines run under the agent's user
+    return DEFAULT_PATH if any(table.driver in own for table in agent.guests.values()) else None
+
+
+def _device(agent: AgentConfig | None, findings: list[Finding]) -> Device | None:
+    table = DeviceTable(driver=DEV_SEV) if agent is None else agent.device
     try:
-        return open_device(agent.device.driver, agent.device.path, timeout=agent.device.timeout)
+        return make_device(table)
     except SevattestError as error:
         findings.append(failed("firmware.answers", error.message, "name a driver that this version has"))
         return None

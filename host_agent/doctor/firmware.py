@@ -22,6 +22,8 @@ from host_agent.devices import Device, PlatformStatus, pdh_fingerprint
 from host_agent.doctor.findings import Finding, failed, passed, skipped, warned
 
 _REFUSES_ES_BESIDE_SNP = (1, 58)
+_NOT_TOLD = "a QEMU that is asked for the platform does not tell"
+_BY_DEVICE = "`sev-host-agent doctor` without --config asks /dev/sev itself"
 _UPDATE = "update the firmware: linux-firmware's amd/ folder and a reboot, or the BIOS"
 
 
@@ -67,15 +69,23 @@ async def probe(
 
 
 def _described(status: PlatformStatus) -> str:
-    owner = "somebody else" if status.externally_owned else "itself"
-    guests = f"{status.guest_count} guest{'' if status.guest_count == 1 else 's'}"
+    version = "API and build not told" if status.firmware is None else f"API and build {status.firmware}"
     if status.state is PlatformState.UNINIT:
-        return f"API and build {status.firmware}, not initialised"
-    return f"API and build {status.firmware}, {status.state.name}, owned by {owner}, {guests}"
+        return f"{version}, not initialised"
+    told = [version, status.state.name]
+    if status.externally_owned is not None:
+        told.append(f"owned by {'somebody else' if status.externally_owned else 'itself'}")
+    if status.guest_count is not None:
+        told.append(f"{status.guest_count} guest{'' if status.guest_count == 1 else 's'}")
+    return ", ".join(told)
 
 
 def _version(status: PlatformStatus, generation: str | None) -> Iterator[Finding]:
     firmware = status.firmware
+    if firmware is None:
+        for probe_id in ("firmware.api", "firmware.floor"):
+            yield skipped(probe_id, f"{_NOT_TOLD} the firmware's version unless it runs a SEV guest", _BY_DEVICE)
+        return
     if firmware[:2] < MINIMUM_API:
         oldest = ".".join(map(str, MINIMUM_API))
         yield failed("firmware.api", f"API {firmware.api_major}.{firmware.api_minor} is below {oldest}", _UPDATE)
@@ -95,6 +105,8 @@ def _version(status: PlatformStatus, generation: str | None) -> Iterator[Finding
 def _es(status: PlatformStatus, *, es: bool) -> Finding:
     if status.state is PlatformState.UNINIT:
         return skipped("firmware.es", "not to be seen before the platform is initialised")
+    if status.es_enabled is None:
+        return skipped("firmware.es", f"{_NOT_TOLD} whether the platform was initialised for SEV-ES; see kvm.sev_es")
     if status.es_enabled:
         return passed("firmware.es", "initialised for SEV-ES")
     complain = failed if es else warned

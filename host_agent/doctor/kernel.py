@@ -35,14 +35,14 @@ def snp_is_on(machine: Machine) -> bool:
     return parameter(machine, "sev_snp") in _ON
 
 
-def probe(machine: Machine, cpu: Processor, *, es: bool, device: str) -> Iterator[Finding]:
+def probe(machine: Machine, cpu: Processor, *, es: bool, device: str | None) -> Iterator[Finding]:
     """What the kernel means for launches.
 
     Args:
         machine: to look at.
         cpu: its processor: what the BIOS does not give, the kernel switches off by itself.
         es: whether guests with SEV-ES are to be launched.
-        device: path of the SEV device.
+        device: path of the SEV device; None where nobody opens it as this user.
     """
     off = _switched_off(machine, es=es)
     yield _command_line(machine, off)
@@ -139,7 +139,11 @@ def _counts(text: str) -> dict[str, int]:
     return {pair[0]: int(pair[1]) for pair in words if len(pair) == 2 and pair[1].isdigit()}
 
 
-def _device(machine: Machine, path: str) -> Iterator[Finding]:
+def _device(machine: Machine, path: str | None) -> Iterator[Finding]:
+    if path is None:
+        for probe_id in ("device.present", "device.writable"):
+            yield skipped(probe_id, "neither the agent nor a machine of its user's opens /dev/sev")
+        return
     try:
         machine.try_open(path)
     except FileNotFoundError:

@@ -38,13 +38,13 @@ class Options:
         if text is None:
             return 1
         pairs = _pairs(text)
-        if count := pairs.get("cpus") or pairs.get(""):
+        # QEMU (hw/core/machine-smp.c): without `cpus` there are as many as may come, without `maxcpus` the topology's.
+        if count := pairs.get("cpus") or pairs.get("") or pairs.get("maxcpus"):
             return _number(count)
         product = 1
         for key in ("sockets", "dies", "clusters", "cores", "threads"):
             product *= _number(pairs.get(key, "1")) or 0
-        # Without a topology either, `maxcpus` alone says it.
-        return _number(pairs["maxcpus"]) if product == 1 and "maxcpus" in pairs else product or None
+        return product or None
 
     @property
     def memory(self) -> int | None:

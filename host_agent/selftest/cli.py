@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 # What owners ask for at least: no debugging, no key sharing, SEV-ES, no migration; and the same without SEV-ES.
 _POLICIES = {"es": 0x0F, "sev": 0x0B}
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,23 +59,27 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _run(subject: Subject, tell: Callable[[Finding], None]) -> bool:
-    """Run it; SIGTERM ends it, the guest first."""
+    """Run it; a signal ends it, the guest first, which no further signal hurries."""
     from host_agent.selftest.steps import Selftest
 
     task = asyncio.ensure_future(Selftest(subject, tell).run())
-    terminated = asyncio.Event()
+    received: list[signal.Signals] = []
 
-    def terminate() -> None:
-        terminated.set()
-        task.cancel()
+    def end(number: signal.Signals) -> None:
+        received.append(number)
+        task.cancel()  # each time: `asyncio.wait_for` of Python 3.11 may swallow one
 
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, terminate)
+    for number in _ENDING:
+        # What is ignored was made so by nohup, or by a shell that runs this in the background.
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            asyncio.get_running_loop().add_signal_handler(number, end, number)
     try:
         return await task
-    except asyncio.CancelledError:
-        if not terminated.is_set():
+    except (asyncio.CancelledError, OSError):
+        # With a terminal that has hung up, a line cannot be printed either.
+        if not received:
             raise
-        raise SystemExit(128 + signal.SIGTERM) from None
+        raise SystemExit(128 + received[0]) from None
 
 
 def _subject(args: argparse.Namespace) -> Subject:
@@ -82,7 +87,7 @@ def _subject(args: argparse.Namespace) -> Subject:
     from common.sev.certs.roots import named_root, pinned_roots
     from common.sev.policy import GuestPolicy
     from host_agent import config
-    from host_agent.devices import open_device
+    from host_agent.app import make_device
     from host_agent.doctor import open_machine
     from host_agent.doctor.processor import look
     from host_agent.hypervisors.base import GuestDefinition
@@ -95,7 +100,7 @@ def _subject(args: argparse.Namespace) -> Subject:
     guest = _guest(args.guest, definitions)
     roots = pinned_roots() if args.ca is None else (named_root(args.ca.read_bytes()),)
     return Subject(
-        device=open_device(loaded.device.driver, loaded.device.path, timeout=loaded.device.timeout),
+        device=make_device(loaded.device),
         hypervisor=QemuHypervisor(definitions, loaded.qemu_settings(), loaded.lock_limit()),
         guest=guest,
         definition=definitions[guest],

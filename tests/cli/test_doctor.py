@@ -17,6 +17,9 @@ from tests.support.agent_site import Site, agent_site
 from tests.support.hosts import HOSTS
 from tests.support.pki import Pki
 from tests.support.platform import SEVATTEST, Platform, running_platform
+from tests.support.qmp import running_machine
+from tests.support.sev_host import make_host
+from tests.support.stages import short_folder
 
 LINE = re.compile(r"(PASS|WARN|FAIL|SKIP) ([\w.-]+): .*[^.\n]\n")
 ADVICE = re.compile(r" {5}advice: .*[^.\n]\n")
@@ -113,6 +116,35 @@ def test_on_a_software_platform_only_the_hardware_is_left_out(site: Site, capsys
         "agent.unit",  # a test runs in no service
     }
     assert found["cek.obtainable"] == "PASS"
+
+
+def ask_a_qemu(site: Site, monitor: Path) -> None:
+    """Configure the driver `qmp`."""
+    text = site.config.read_text()
+    by_socket = f'driver = "socket"\npath = "{site.platform.socket}"'
+    assert by_socket in text
+    site.config.write_text(text.replace(by_socket, f'driver = "qmp"\npath = "{monitor}"\ntimeout = 20'))
+
+
+@pytest.mark.slow
+def test_a_platform_that_a_qemu_tells_of_is_looked_at_as_far_as_it_tells(
+    site: Site, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with short_folder() as folder:
+        host = make_host(folder, site.platform)
+        ask_a_qemu(site, host.qmp)
+        with running_machine(host.words(), host.qmp):
+            doctor("--config", site.config, "--kds", site.platform.kds, "--ca", site.platform.ask_ark)
+    found = verdicts(capsys.readouterr().out)
+    answers = ("agent.config", "firmware.answers", "firmware.api", "firmware.es", "pdh.stable", "cek.obtainable")
+    assert {name: found[name] for name in answers} == dict.fromkeys(answers, "PASS") | {"firmware.es": "SKIP"}
+
+
+def test_a_qemu_that_is_not_there_fails(site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ask_a_qemu(site, tmp_path / "none")
+    assert doctor("--config", site.config) == 1
+    found = verdicts(capsys.readouterr().out)
+    assert (found["agent.config"], found["firmware.answers"]) == ("PASS", "FAIL")
 
 
 def test_another_platforms_root_is_noticed(site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,10 @@ from tests.support.eventually import until
 from tests.support.kvm import needs_kvm
 from tests.support.pki import Pki
 from tests.support.platform import SEVATTEST, Platform, running_platform
+from tests.support.qmp import running_machine
 from tests.support.real_qemu import EACH_QEMU, qemu, small_kernel
+from tests.support.sev_host import make_host, wait_for_no_guest
+from tests.support.stages import short_folder
 from tests.support.under import run_words
 
 __all__ = ["qemu"]  # a fixture
@@ -240,18 +244,61 @@ def test_a_platform_that_is_not_there_fails(site: Site, tmp_path: Path) -> None:
     assert (code, found) == (1, {"platform.answers": "FAIL"})
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_guest_first(site: Site, number: signal.Signals) -> None:
-    waiting = "import time; time.sleep(3600)"
-    site.program = [sys.executable, "-c", waiting]
+# A machine that never greets; the stubborn one does not end on SIGTERM, so that its end takes a while.
+WAITING = "import time; time.sleep(3600)"
+STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); "
+
+
+@contextmanager
+def waiting_selftest(site: Site, program: str = WAITING, *before: str) -> Iterator[subprocess.Popen[str]]:
+    """A selftest whose machine runs `program` and does not answer."""
+    site.program = [sys.executable, "-c", program]
     site.write_config()
-    command = [*AGENT, "selftest", "--config", str(site.config)]
+    command = [*before, *AGENT, "selftest", "--config", str(site.config)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        asyncio.run(until(lambda: any(b"3600" in _command_line(pid) for pid in site.machines())))
+        try:
+            asyncio.run(until(lambda: any(b"3600" in _command_line(pid) for pid in site.machines())))
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT])
+def test_a_signal_ends_the_guest_first(site: Site, number: signal.Signals) -> None:
+    with waiting_selftest(site) as process:
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert "Traceback" not in errors
+    assert_nothing_is_left(site)
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT])
+def test_further_signals_do_not_keep_the_guest_from_being_ended(site: Site, second: signal.Signals) -> None:
+    site.qemu["stop_timeout"] = 1.5
+    with waiting_selftest(site, STUBBORN + WAITING) as process:
+        log = site.root / "state"
+        asyncio.run(until(lambda: any(b"deaf" in path.read_bytes() for path in log.glob("selftest-*/machine.log"))))
+        process.send_signal(signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):  # the machine is deaf, so its end is under way for so long
+            process.wait(timeout=0.5)
+        assert process.poll() is None
+        process.send_signal(second)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "Traceback" not in errors
+    assert_nothing_is_left(site)
+
+
+def test_a_signal_that_was_ignored_before_stays_ignored(site: Site) -> None:
+    with waiting_selftest(site, WAITING, "nohup") as process:
+        process.send_signal(signal.SIGHUP)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=0.5)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
     assert_nothing_is_left(site)
 
 
@@ -415,6 +462,21 @@ def test_a_machine_that_does_not_end_is_found_out(site: Site) -> None:
     assert first_failure(run_in_process(site, twist)) == "guest.ended"
 
 
+def test_what_a_device_does_not_tell_is_skipped_and_no_failure(site: Site) -> None:
+    def device(honest: Any) -> Any:
+        async def status() -> Any:
+            unknown = dict.fromkeys(("firmware", "externally_owned", "es_enabled", "guest_count"))
+            return type(told := await honest.status())(**{**vars(told), **unknown})
+
+        return Lying(honest, status=status)
+
+    found = run_in_process(site, lambda honest: honest, device=device)
+    assert found.pop("guest.ended") == "SKIP"
+    assert found.pop("chain.root") == "SKIP"  # no key service is named
+    assert set(found.values()) == {"PASS"}
+    assert_nothing_is_left(site)
+
+
 def test_a_monitor_that_names_another_firmware_is_found_out(site: Site) -> None:
     def device(honest: Any) -> Any:
         async def status() -> Any:
@@ -425,6 +487,23 @@ def test_a_monitor_that_names_another_firmware_is_found_out(site: Site) -> None:
         return Lying(honest, status=status)
 
     assert first_failure(run_in_process(site, lambda honest: honest, device=device)) == "guest.sev_state"
+
+
+def test_the_platform_may_be_asked_by_way_of_a_qemu(site: Site) -> None:
+    with short_folder() as folder:
+        host = make_host(folder, site.platform)
+        with running_machine(host.words(), host.qmp):
+            site.write_config()
+            by_socket = f'driver = "socket"\npath = "{site.platform.socket}"'
+            text = site.config.read_text()
+            assert by_socket in text
+            site.config.write_text(text.replace(by_socket, f'driver = "qmp"\npath = "{host.qmp}"\ntimeout = 20'))
+            words = ["selftest", "--config", str(site.config), *map(str, rooted(site))]
+            code, found, out = run_selftest([*AGENT, *words])
+    assert (code, list(found)) == (0, STEPS), out
+    assert {step: verdict for step, verdict in found.items() if verdict != "PASS"} == {"guest.ended": "SKIP"}
+    wait_for_no_guest(site.platform)
+    assert_nothing_is_left(site)
 
 
 # ------------------------------------------------------------------------------------------------------- a real QEMU

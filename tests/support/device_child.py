@@ -109,6 +109,7 @@ def _plain(returned: bytes | PlatformStatus | None) -> object:
         return returned.hex()
     if returned is None:
         return None
+    assert returned.firmware is not None
     return vars(returned) | {"firmware": list(returned.firmware)}
 
 

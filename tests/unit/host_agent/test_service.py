@@ -29,8 +29,9 @@ from common.rpc.client import call, open_channel
 from common.rpc.identity import Role
 from common.rpc.server import Server
 from common.rpc.tls import ClientTls, ServerTls
-from common.sev.abi import CHAIN_SIZE, Algo, Usage
+from common.sev.abi import CHAIN_SIZE, Algo, PlatformState, Usage
 from common.sev.certs.sev import SevCertificate, encode
+from host_agent.devices import PlatformStatus
 from host_agent.service import HostAgentService, add_HostAgentServiceServicer_to_server
 from sevattest.v1 import host_agent_service_pb2 as pb
 from sevattest.v1.host_agent_service_pb2_grpc import HostAgentServiceStub
@@ -124,6 +125,19 @@ async def _caller(address: str, pki: Pki, name: str) -> AsyncIterator[Caller]:
 
 def ids(launch: pb.GuestLaunch) -> dict[str, str]:
     return {"request_id": str(uuid4()), "launch_id": launch.launch_id}
+
+
+async def test_what_the_device_does_not_tell_of_the_platform_is_left_out(served: Served) -> None:
+    unknown = PlatformStatus(
+        firmware=None, state=PlatformState.INIT, externally_owned=None, es_enabled=None, guest_count=None
+    )
+
+    async def status() -> PlatformStatus:
+        return unknown
+
+    served.agent.device.status = status  # type: ignore[method-assign]
+    platform = await served.alice("GetPlatform", pb.GetPlatformRequest())
+    assert {field.name for field, _ in platform.ListFields()} == {"state", "pdh_fingerprint"}
 
 
 async def test_one_launch_from_the_first_call_to_the_last(served: Served) -> None:

@@ -69,9 +69,10 @@ async def test_a_qemu_that_does_not_know_the_chip_says_none() -> None:
     assert await told(**{"cpu0-id": None}).chip_id() == b""
 
 
-async def test_a_qemu_without_a_sev_guest_has_no_guest_to_count() -> None:
+async def test_what_a_qemu_does_not_tell_is_not_known_and_not_made_up() -> None:
     status = await told().status()
-    assert (status.state, status.guest_count) == (PlatformState.INIT, 0)
+    assert (status.state, status.firmware) == (PlatformState.INIT, None)
+    assert (status.externally_owned, status.es_enabled, status.guest_count) == (None, None, None)
 
 
 @pytest.mark.parametrize(

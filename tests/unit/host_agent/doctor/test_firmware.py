@@ -137,6 +137,19 @@ def test_a_platform_without_sev_es_fails_for_sev_es_guests(device: FakeDevice, *
     assert outcomes(look(with_status(device, es_enabled=False), es=es))["firmware.es"] == outcome
 
 
+@pytest.mark.parametrize("es", [True, False])
+def test_what_the_device_does_not_tell_is_skipped_and_neither_good_nor_bad(device: FakeDevice, *, es: bool) -> None:
+    with_status(device, firmware=None, externally_owned=None, es_enabled=None, guest_count=None)
+    findings = look(device, es=es)
+    found = outcomes(findings)
+    assert {name for name, verdict in found.items() if verdict == "SKIP"} == {
+        *("firmware.api", "firmware.floor", "firmware.es"),
+        "cek.obtainable",  # no key service is named
+    }
+    assert "FAIL" not in found.values()
+    assert "None" not in " ".join(line for finding in findings for line in finding.lines)
+
+
 @pytest.mark.parametrize(
     ("minor", "es", "snp", "outcome"),
     [
