@@ -7,6 +7,7 @@ what depends on the platform's state is the driver's behind the link.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 from collections.abc import Callable
 
@@ -19,21 +20,37 @@ from emulator.intercept.link import Link
 from emulator.intercept.memory import Memory
 from emulator.intercept.processes import access_of, inode_of
 
-PATH = b"/dev/sev"
+_PATH = [b"dev", b"sev"]
+_SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
 # Flags of open(2) that a description keeps; the others are about names, of which this file has none.
 _KEPT = os.O_ACCMODE | os.O_NONBLOCK
 _WRITABLE = {os.O_WRONLY, os.O_RDWR}
 
 
+def is_path(path: bytes) -> bool:
+    """Whether a path names the device as it is written, by no link and no folder that was entered before.
+
+    `/dev//sev` and `/./dev/sev` do; `/dev/../dev/sev` may lead anywhere, and `/dev/sev/` to a folder only.
+    """
+    parts = path.split(b"/")
+    return (
+        path.startswith(b"/")
+        and parts[-1] == _PATH[-1]
+        and [part for part in parts if part not in {b"", b"."}] == _PATH
+    )
+
+
 class DeviceFile:
-    """One empty file in memory. A program that opens the device gets a description of its own of it.
+    """One empty file in memory, which stays so. A program that opens the device gets a description of its own of it.
 
     So a descriptor is told by its inode, its access by its own flags, and nothing need be kept or cleaned up for it:
     dup, fork, passing it on and close are the kernel's.
     """
 
     def __init__(self) -> None:
-        self._file = os.memfd_create("sev", os.MFD_CLOEXEC)
+        self._file = os.memfd_create("sev", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        # Or one program would read what another has written.
+        fcntl.fcntl(self._file, fcntl.F_ADD_SEALS, _SEALS)
         status = os.fstat(self._file)
         self._inode = (status.st_dev, status.st_ino)
 

@@ -10,7 +10,9 @@ import errno
 
 from emulator.errors import KernelRefused
 
+PATH_MAX = 4096  # linux/limits.h, with the NUL
 _PAGE = 4096
+_CHUNK = 256  # of a path: most are shorter
 _ADDRESS_END = 1 << 64
 
 
@@ -57,17 +59,21 @@ class Memory:
         if data and self._move(_writev, address, bytearray(data)) != len(data):
             raise KernelRefused(errno.EFAULT)
 
-    def is_text(self, address: int, text: bytes) -> bool:
-        """Whether the C string at this address is `text`, which is short; False where that cannot be read."""
-        wanted = text + b"\0"
-        # What follows a shorter string may be another page, which need not be there.
-        size = min(len(wanted), _PAGE - address % _PAGE)
-        try:
-            if self.read(address, size) != wanted[:size]:
-                return False
-            return self.read(address + size, len(wanted) - size) == wanted[size:]
-        except KernelRefused:
-            return False
+    def path(self, address: int) -> bytes | None:
+        """The C string at this address, as the kernel takes a path; None where it cannot be read or is too long."""
+        text = b""
+        while len(text) < PATH_MAX:
+            # What follows a shorter string may be another page, which need not be there.
+            size = min(_CHUNK, _PAGE - address % _PAGE, PATH_MAX - len(text))
+            try:
+                piece, end, _ = self.read(address, size).partition(b"\0")
+            except KernelRefused:
+                return None
+            text += piece
+            if end:
+                return text
+            address += size
+        return None
 
     def _move(self, function: ctypes._NamedFuncPointer, address: int, buffer: bytearray) -> int:
         """How many bytes were moved; -1 for none. It stops at the first page that is not there."""

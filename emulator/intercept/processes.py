@@ -29,6 +29,17 @@ def inode_of(thread: int, descriptor: int) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
+def is_closed(thread: int, descriptor: int) -> bool:
+    """Whether there is no such descriptor; False where /proc does not let us see it."""
+    try:
+        Path(f"/proc/{thread}/fd/{descriptor}").lstat()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 def access_of(thread: int, descriptor: int) -> int:
     """How a descriptor was opened: O_RDONLY, O_WRONLY or O_RDWR; O_RDONLY when there is no such descriptor."""
     found = _field(f"/proc/{thread}/fdinfo/{descriptor}", "flags:")

@@ -20,7 +20,7 @@ from pathlib import Path
 from common.errors import Reason, Unavailable
 from emulator.device_client import CommandFailed, Device
 from emulator.intercept import filter as call_filter
-from emulator.intercept.calls import REQUESTS, Calls
+from emulator.intercept.calls import NEVER, REQUESTS, Calls
 from emulator.intercept.link import Link
 from emulator.intercept.processes import children_of
 from emulator.intercept.seccomp import Listener
@@ -65,7 +65,7 @@ def run(program: str, arguments: Sequence[str], *, state: Path, flavour: str) ->
             hint=f"sevattest platform serve --state {state}",
         ) from error
     signal.pthread_sigmask(signal.SIG_BLOCK, _CAUGHT)
-    child = spawn(program, arguments, call_filter.program(REQUESTS))
+    child = spawn(program, arguments, call_filter.program(REQUESTS, NEVER))
     listener = Listener(child.listener)
     calls = Calls(listener, Link(socket), flavour=flavour)
     try:

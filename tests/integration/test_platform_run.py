@@ -131,8 +131,36 @@ def test_it_is_opened_as_a_device_is_and_no_other_name_is(platform: Platform) ->
     assert seen["flags"] == [os.O_RDWR, os.O_RDONLY | os.O_NONBLOCK]
     assert seen["work"] == [1, 1]
     assert (seen["create"], seen["exclusive"], seen["folder"]) == ("ok", "EEXIST", "ENOTDIR")
-    assert seen["others"] == ["ENOENT", "ENOENT", "ENOENT", "ok"]
+    assert seen["others"] == ["ENOENT", "ENOENT", "ok"]
     assert seen["nowhere"] == -errno.EFAULT
+
+
+def test_it_is_known_by_other_spellings_and_to_every_call_that_opens(platform: Platform) -> None:
+    seen = under(platform, sev_programs.spelled)
+    assert seen["names"] == [1] * 4
+    assert seen["creat"] == [os.O_WRONLY, 1]
+    assert (seen["openat2"], seen["strict"]) == ([1, 1], 1)
+    # Never the device: the kernel says what is wrong.
+    assert (seen["beneath"], seen["short"], seen["nowhere"]) == (-errno.EXDEV, -errno.EINVAL, -errno.EFAULT)
+    assert seen["other"]
+
+
+def test_sevs_requests_never_reach_a_driver_of_the_kernels(platform: Platform, tmp_path: Path) -> None:
+    # The random driver says EINVAL to requests that it does not know, so that it is seen when it is asked.
+    assert sev_programs.strangers("/dev/urandom") == ["EINVAL"] * 4
+    (tmp_path / "file").touch()
+    (tmp_path / "sev").symlink_to("/dev/urandom")
+    os.mkfifo(tmp_path / "pipe")
+    other_end = os.open(tmp_path / "pipe", os.O_RDWR)  # or opening it would wait for one
+    try:
+        for name in ("/dev/urandom", "/proc/self/root/dev/urandom", "/dev/null", *map(str, tmp_path.iterdir())):
+            assert under(platform, sev_programs.strangers, name) == ["ENOTTY"] * 4, name
+    finally:
+        os.close(other_end)
+
+
+def test_what_is_written_into_it_nobody_reads(platform: Platform) -> None:
+    assert under(platform, sev_programs.left_by_another) == ["EPERM", "EPERM", "", 0, 1]
 
 
 def test_a_descriptors_copies_are_the_device_and_a_closed_one_is_gone(platform: Platform) -> None:

@@ -17,6 +17,13 @@ from tests.support.raw_sev import CSR, EXPORT, GET_ID, GET_ID2, IMPORT, Memory, 
 
 _NOWHERE = 16  # nothing is mapped there
 _LIMIT = 0x4000
+# What a host with SEV carries out on its processor.
+SEV_REQUESTS = (
+    raw_sev.SEV_ISSUE_CMD,
+    raw_sev.KVM_MEMORY_ENCRYPT_OP,
+    raw_sev.KVM_MEMORY_ENCRYPT_REG_REGION,
+    raw_sev.KVM_MEMORY_ENCRYPT_UNREG_REGION,
+)
 
 
 def _device(flags: int = os.O_RDWR) -> int:
@@ -172,9 +179,59 @@ def opened() -> dict[str, Any]:
         "create": refusal("/dev/sev", os.O_RDWR | os.O_CREAT),
         "exclusive": refusal("/dev/sev", os.O_RDWR | os.O_CREAT | os.O_EXCL),
         "folder": refusal("/dev/sev", os.O_RDONLY | os.O_DIRECTORY),
-        "others": [refusal(name, os.O_RDONLY) for name in ("/dev/sevv", "/dev/se", "/dev/sev/", "/dev/null")],
+        "others": [refusal(name, os.O_RDONLY) for name in ("/dev/sevv", "/dev/se", "/dev/null")],
         "nowhere": raw_sev.syscall(257, -100, 0, os.O_RDWR, 0),
     }
+
+
+def spelled() -> dict[str, Any]:
+    """Other spellings of its name and other calls that open it; the platform's state as each tells it."""
+
+    def how(flags: int, resolve: int = 0) -> bytes:
+        return struct.pack("<QQQ", flags, 0, resolve)
+
+    def openat2(name: bytes, block: bytes) -> int:
+        return raw_sev.syscall(437, -100, name + b"\0", block, len(block))
+
+    creator = raw_sev.syscall(85, b"/dev/sev\0", 0o600)
+    names = [b"/dev//sev", b"/dev/./sev", b"//dev/sev", b"/./dev/.//sev"]
+    new = [openat2(name, how(os.O_RDWR)) for name in (b"/dev/sev", b"/dev//sev")]
+    return {
+        "names": [raw_sev.state(os.open(name, os.O_RDWR)) for name in names],
+        "creat": [fcntl.fcntl(creator, fcntl.F_GETFL) & os.O_ACCMODE, raw_sev.state(creator)],
+        "openat2": [raw_sev.state(number) for number in new],
+        "strict": raw_sev.state(openat2(b"/dev/sev", how(os.O_RDONLY, resolve=0x06))),
+        "beneath": openat2(b"/dev/sev", how(os.O_RDONLY, resolve=0x08)),
+        "short": openat2(b"/dev/sev", how(os.O_RDONLY)[:16]),
+        "nowhere": raw_sev.syscall(437, -100, b"/dev/sev\0", _NOWHERE, 24),
+        "other": openat2(b"/dev/null", how(os.O_RDONLY)) >= 0,
+    }
+
+
+def strangers(path: str) -> list[str]:
+    """What SEV's requests on a descriptor of another file say."""
+    descriptor = os.open(path, os.O_RDONLY)
+    return [raw_sev.ioctl(descriptor, request, Memory(64)) for request in SEV_REQUESTS]
+
+
+def left_by_another() -> list[Any]:
+    """What one open device sees of what was written into another."""
+
+    def tried(action: Any, *arguments: Any) -> str:
+        try:
+            action(*arguments)
+        except OSError as error:
+            return errno.errorcode[error.errno or 0]
+        return "ok"
+
+    writer, reader = _device(), _device()
+    return [
+        tried(os.write, writer, b"secret"),
+        tried(os.ftruncate, writer, 1 << 26),
+        os.read(reader, 6).decode(),
+        os.fstat(reader).st_size,
+        raw_sev.state(writer),
+    ]
 
 
 def descriptors() -> dict[str, Any]:

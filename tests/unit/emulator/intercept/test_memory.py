@@ -79,40 +79,40 @@ def test_a_process_that_is_gone_is_a_fault() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "same"),
+    ("content", "path"),
     [
-        (b"/dev/sev\0", True),
-        (b"/dev/sev\0more", True),
-        (b"/dev/sevv\0", False),
-        (b"/dev/se\0v", False),
-        (b"/dev/se", False),
-        (b"", False),
+        (b"/dev/sev\0", b"/dev/sev"),
+        (b"/dev/sev\0more", b"/dev/sev"),
+        (b"\0/dev/sev", b""),
+        (b"/" * 4095, b"/" * 4095),
+        (b"/" * 4096, None),
     ],
 )
-def test_a_string_is_compared_whole(memory: Memory, content: bytes, *, same: bool) -> None:
-    buffer = ctypes.create_string_buffer(content, 32)
-    assert memory.is_text(ctypes.addressof(buffer), b"/dev/sev") is same
+def test_a_path_ends_at_its_first_nul_and_is_no_longer_than_the_kernel_takes(
+    memory: Memory, content: bytes, path: bytes | None
+) -> None:
+    buffer = ctypes.create_string_buffer(content)
+    assert memory.path(ctypes.addressof(buffer)) == path
 
 
-@pytest.mark.parametrize("content", [b"/dev/sev\0", b"/tmp\0", b"/\0", b"\0"])
-def test_a_string_may_end_where_the_memory_does(memory: Memory, page: tuple[mmap.mmap, int], content: bytes) -> None:
+@pytest.mark.parametrize("path", [b"/dev/sev", b"/tmp", b"/", b"", b"/" * 300])
+def test_a_path_may_end_where_the_memory_does(memory: Memory, page: tuple[mmap.mmap, int], path: bytes) -> None:
     pages, address = page
-    pages[PAGE - len(content) : PAGE] = content
-    assert memory.is_text(address + PAGE - len(content), b"/dev/sev") is (content == b"/dev/sev\0")
+    pages[PAGE - len(path) - 1 : PAGE] = path + b"\0"
+    assert memory.path(address + PAGE - len(path) - 1) == path
 
 
-def test_a_string_may_lie_on_two_pages(memory: Memory) -> None:
+def test_a_path_may_lie_on_two_pages(memory: Memory) -> None:
     pages = mmap.mmap(-1, 2 * PAGE)
     view = ctypes.c_char.from_buffer(pages)
     pages[PAGE - 3 : PAGE + 6] = b"/dev/sev\0"
-    assert memory.is_text(ctypes.addressof(view) + PAGE - 3, b"/dev/sev")
-    assert not memory.is_text(ctypes.addressof(view) + PAGE - 3, b"/dev/sew")
+    assert memory.path(ctypes.addressof(view) + PAGE - 3) == b"/dev/sev"
     del view
     pages.close()
 
 
-def test_a_string_that_is_cut_off_by_the_memory_is_not_the_string(memory: Memory, page: tuple[mmap.mmap, int]) -> None:
+def test_a_path_that_is_cut_off_by_the_memory_is_none(memory: Memory, page: tuple[mmap.mmap, int]) -> None:
     pages, address = page
     pages[PAGE - 8 : PAGE] = b"/dev/sev"
-    assert not memory.is_text(address + PAGE - 8, b"/dev/sev")
-    assert not memory.is_text(0, b"/dev/sev")
+    assert memory.path(address + PAGE - 8) is None
+    assert memory.path(0) is None
