@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from common.errors import InvalidInput, Reason
-from orchestrator.files import PRIVATE, NewFile, write_all
+from orchestrator.files import PRIVATE, NewFile, place_of, write_all
 
 HELP = "make an OCA certificate and its key"
 
@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     """Make and write both; returns 0."""
     from common.sev.certs.oca import encode_key, make_oca
 
-    if args.cert.resolve() == args.key.resolve():
+    if place_of(args.cert) == place_of(args.key):
         raise InvalidInput(Reason.INVALID_ARGUMENT, "CERT and KEY are the same file")
     oca, key = make_oca()
     write_all(

@@ -114,6 +114,36 @@ def test_a_target_that_cannot_be_written_is_named(
     assert (names(tmp_path), names(tmp_path / "folder")) == (before, set())
 
 
+def test_links_in_a_circle_are_a_sentence(host: Platform, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    loop = tmp_path / "loop"
+    loop.symlink_to("loop")
+    for code in (export(host, loop), do("generate", loop, tmp_path / "key"), do("generate", tmp_path / "cert", loop)):
+        assert code == 2
+    said = capsys.readouterr().err.splitlines()
+    assert [line for line in said if "warning" not in line] == [
+        f"sevattest: {loop}: Too many levels of symbolic links"
+    ] * 3
+    assert names(tmp_path) == {"loop"}
+
+
+def test_what_stdout_held_before_stays_before_an_export_to_it(host: Platform, tmp_path: Path) -> None:
+    (tmp_path / "stdout").symlink_to("/proc/self/fd/1")
+    out = write(tmp_path / "out", OLD)
+    for number, name in enumerate(("/dev/stdout", str(tmp_path / "stdout"))):
+        words = [*SEVATTEST, "export", "--kds", str(host.kds), "--ca", str(host.ask_ark), name]
+        with out.open("ab") as stream:
+            subprocess.run(words, stdout=stream, check=True, capture_output=False, timeout=60)
+        written = out.read_bytes()
+        assert written.startswith(OLD)
+        assert len(written) == len(OLD) + (number + 1) * CHAIN_SIZE
+    assert (tmp_path / "stdout").is_symlink()
+
+
+def test_a_full_device_is_named(host: Platform, capsys: pytest.CaptureFixture[str]) -> None:
+    assert export(host, Path("/dev/full")) == 2
+    assert "sevattest: /dev/full: No space left on device\n" in capsys.readouterr().err
+
+
 def test_an_interrupted_export_leaves_the_old_file_and_nothing_else(host: Platform, tmp_path: Path) -> None:
     target = write(tmp_path / "sev.pdh", OLD)
     with socket.create_server(("127.0.0.1", 0)) as silent:

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import signal
+import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from common.sev.abi import CHAIN_SIZE
 from emulator import protocol
 from emulator.device_client import Device as Connection
 from emulator.protocol import GuestRequest
 from tests.cli.transcripts import run
 from tests.support.host_commands import do, names
-from tests.support.platform import Platform
+from tests.support.platform import SEVATTEST, Platform, give_chip
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_show_says_what_sevctl_says(
@@ -104,6 +112,42 @@ def test_help_is_a_word_too(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(f"  {name} " in out for name in ("export", "generate", "provision", "reset", "rotate", "show", "verify"))
     assert do("help", "export") == 0
     assert "usage: sevattest export" in capsys.readouterr().out
+
+
+def test_the_page_is_followed_word_for_word_without_hardware(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "host-commands.md").read_text(encoding="utf-8")
+    block = page.partition("## Without hardware")[2].split("```\n")[1]
+    assert "/tmp/p" in block  # noqa: S108 -- what the page says; here it is a folder of the test's
+    give_chip(tmp_path / "p", "milan")
+    program = tmp_path / "bin" / "sevattest"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec {shlex.join(SEVATTEST)} "$@"\n')
+    program.chmod(0o755)
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("SEVATTEST_")}
+    environment = {**ours, "PATH": f"{program.parent}:{os.environ['PATH']}"}
+    script = "set -e\n" + block.replace("/tmp/p", str(tmp_path / "p")) + "wait\n"  # noqa: S108
+    # In a session of its own, which is all that is ended where it hangs.
+    with (tmp_path / "err").open("w+") as err:
+        process = subprocess.Popen(
+            ["sh", "-c", script],
+            stdout=subprocess.PIPE,
+            stderr=err,
+            text=True,
+            cwd=tmp_path,
+            env=environment,
+            start_new_session=True,
+        )
+        try:
+            out, _ = process.communicate(timeout=120)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        err.seek(0)
+        assert process.returncode == 0, err.read()
+    assert (tmp_path / "host.pdh").stat().st_size == CHAIN_SIZE
+    assert "\n1.55.24\n" in out
+    assert not (tmp_path / "p" / "sev.sock").exists()
 
 
 def test_the_program_itself_on_the_software_platform(host: Platform, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator import files
-from orchestrator.files import PRIVATE, NewFile, write_all
+from orchestrator.files import PRIVATE, NewFile, place_of, write_all
 
 OLD, NEW = b"old", b"new" * 1000
 
@@ -115,6 +116,87 @@ def test_a_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:
     reader.join(30)
     assert got == [NEW]
     assert stat.S_ISFIFO(pipe.stat().st_mode)
+
+
+def test_a_public_file_keeps_mode_and_owner_of_the_one_before(tmp_path: Path) -> None:
+    target, private = tmp_path / "chain", tmp_path / "key"
+    for path in (target, private):
+        path.write_bytes(OLD)
+        path.chmod(0o664)
+        if not os.getuid():
+            os.chown(path, 65534, 65533)
+    before = target.stat()
+    with umask(0o022):
+        write_all([NewFile(path=target, data=NEW)])
+        write_all([NewFile(path=private, data=NEW, mode=PRIVATE)])
+    after, key = target.stat(), private.stat()
+    assert after.st_ino != before.st_ino
+    assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
+    assert (stat.S_IMODE(key.st_mode), key.st_uid) == (PRIVATE, os.getuid())
+
+
+def test_a_file_of_others_is_replaced_where_its_owner_cannot_be_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    target = tmp_path / "chain"
+    target.write_bytes(OLD)
+    target.chmod(0o640)
+    monkeypatch.setattr(os, "fchown", refused)
+    write_all([NewFile(path=target, data=NEW)])
+    assert (target.read_bytes(), stat.S_IMODE(target.stat().st_mode)) == (NEW, 0o640)
+
+
+@pytest.mark.parametrize("loop", ["itself", "two", "folder"])
+def test_links_that_lead_round_in_a_circle_are_named(tmp_path: Path, loop: str) -> None:
+    path = tmp_path / "a"
+    path.symlink_to("b" if loop == "two" else "a")
+    (tmp_path / "b").symlink_to("a")
+    if loop == "folder":
+        path = path / "chain"
+    before = {entry.name for entry in tmp_path.iterdir()}
+    for act in (lambda: write_all([NewFile(path=path, data=NEW)]), lambda: place_of(path)):
+        with pytest.raises(OSError, match=os.strerror(errno.ELOOP)) as told:
+            act()
+        assert told.value.filename == str(path)
+    assert {entry.name for entry in tmp_path.iterdir()} == before
+
+
+def test_a_link_to_nothing_makes_what_it_names(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("real")
+    write_all([NewFile(path=tmp_path / "link", data=NEW)])
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").read_bytes() == NEW
+
+
+@pytest.mark.parametrize("name", ["/dev/fd/{}", "/proc/self/fd/{}", "link", "link to link"])
+def test_an_open_file_goes_on_where_it_is(tmp_path: Path, name: str) -> None:
+    target = tmp_path / "out"
+    with target.open("wb", buffering=0) as out:
+        out.write(OLD)
+        (tmp_path / "link").symlink_to(f"/proc/self/fd/{out.fileno()}")
+        (tmp_path / "link to link").symlink_to("link")
+        path = Path(name.format(out.fileno())) if name.startswith("/") else tmp_path / name
+        write_all([NewFile(path=path, data=NEW)])
+        out.write(OLD)
+        assert os.fstat(out.fileno()).st_ino == target.stat().st_ino
+    assert target.read_bytes() == OLD + NEW + OLD
+
+
+def test_a_file_that_another_process_has_open_loses_nothing(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with target.open("wb") as out, subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=out) as process:
+        target.write_bytes(OLD)
+        write_all([NewFile(path=Path(f"/proc/{process.pid}/fd/1"), data=NEW)])
+    assert target.read_bytes() == OLD + NEW
+
+
+def test_a_full_device_is_named() -> None:
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)) as told:
+        write_all([NewFile(path=Path("/dev/full"), data=NEW)])
+    assert told.value.filename == "/dev/full"
 
 
 def test_a_secret_file_does_not_show_its_content() -> None:
