@@ -6,9 +6,10 @@ machine's monitor will be. In order:
 1. The place must be free. A machine that is there already was not started with this launch's session; it is left alone.
 2. The files are written. Whoever starts the machine waits for `launch.cfg`; or the definition names a command, which
    is run without a shell, behind the gate of `process.py`, and is on record before it begins.
-3. What then listens at that place is the guest's machine: a guest is not to run there unattested, whoever started it.
-   It is known by pid (SO_PEERCRED), start time and boot, and held by a pidfd. Every later connection must lead to the
-   same process, and signals go through that pidfd and to nothing else.
+3. What then listens at that place is the guest's machine if it began after the launch and reads `launch.cfg`
+   (`expected.py`); anything else there fails the launch and is left alone. It is known by pid (SO_PEERCRED), start time
+   and boot, and held by a pidfd. Every later connection must lead to the same process, and signals go through that
+   pidfd and to nothing else.
 4. An end before the machine came takes the files away, so that QEMU cannot start with them, ends the command and
    everything that has the launch's mark from it, and looks once more: QEMU makes its monitor before it reads the files.
 """
@@ -26,8 +27,9 @@ from uuid import UUID
 from common.errors import PlatformFailed, Reason, SevattestError, Unavailable, WrongState
 from host_agent.firmware_errors import hypervisor_failure
 from host_agent.hypervisors import console
-from host_agent.hypervisors.arguments import MONITOR, MachineOptions, launch_file
+from host_agent.hypervisors.arguments import LAUNCH_FILE, MONITOR, MachineOptions, launch_file
 from host_agent.hypervisors.base import Machine, MachineId, StartOrder, Trace
+from host_agent.hypervisors.expected import Expected
 from host_agent.hypervisors.guests import Guests
 from host_agent.hypervisors.inputs import Inputs
 from host_agent.hypervisors.monitored import MonitoredMachine, QemuSettings, until_greeted
@@ -100,36 +102,51 @@ async def expect(definition: AttachDefinition, order: StartOrder, settings: Qemu
     inputs.prepare()
     _link(order.folder / MONITOR, definition.monitor)
     _link(order.folder / _INPUTS, definition.inputs)
+    expected = Expected.from_now(definition.inputs / LAUNCH_FILE, order.launch)
     starter = None
     if definition.start:
         with console.open_log(order.folder) as log:
             starter = Process.spawn(definition.start, folder=order.folder, log=log, marker=str(order.launch))
     try:
-        inputs.write(order.godh, order.session, launch_file(options, definition.inputs))
+        inputs.write(order.godh, order.session, expected.head + launch_file(options, definition.inputs))
     except BaseException:
         if starter is not None:
             starter.close()  # its gate closes with it
         raise
-    return AttachedMachine(order.launch, order.folder, inputs, settings, starter=starter)
+    return AttachedMachine(order.folder, inputs, settings, expected=expected, launch=order.launch, starter=starter)
 
 
 def find_again(trace: Trace, settings: QemuSettings) -> Machine | None:
     """The machine of a launch that was prepared for by `expect`, for a driver's `find`."""
-    inputs = Inputs((trace.folder / _INPUTS).resolve())
-    identity = trace.identity
-    if not (trace.folder / _INPUTS).is_symlink():
+    folder, identity = _inputs_folder(trace), trace.identity
+    if folder is None:
         return None  # nothing was prepared yet
+    expected, starter, process = None, None, None
     if identity is None or identity.starter:
+        expected = Expected.read(folder / LAUNCH_FILE, trace.launch)
+        if expected is None:
+            return None
         starter = None if identity is None else Process.attach(identity, marker=str(trace.launch))
-        return AttachedMachine(trace.launch, trace.folder, inputs, settings, starter=starter)
-    process = Process.attach(identity, marker=None)
-    return None if process is None else AttachedMachine(trace.launch, trace.folder, inputs, settings, process=process)
+    else:
+        process = Process.attach(identity, marker=None)
+        if process is None:
+            return None
+    return AttachedMachine(
+        trace.folder,
+        Inputs(folder),
+        settings,
+        launch=trace.launch,
+        expected=expected,
+        starter=starter,
+        process=process,
+    )
 
 
 async def sweep_up(trace: Trace) -> None:
     """Remove what a machine that is gone left behind, for a driver's `sweep`."""
-    if (trace.folder / _INPUTS).is_symlink():
-        Inputs((trace.folder / _INPUTS).resolve()).remove()
+    folder = _inputs_folder(trace)
+    if folder is not None:
+        Inputs(folder).remove()
     identity = trace.identity
     if identity is not None and identity.starter and identity.boot_id == boot_id():
         await end_family(None, str(trace.launch))
@@ -140,19 +157,21 @@ class AttachedMachine(MonitoredMachine):
 
     def __init__(
         self,
-        launch: UUID,
         folder: Path,
         inputs: Inputs,
         settings: QemuSettings,
         *,
+        launch: UUID,
+        expected: Expected | None,
         starter: Process | None = None,
         process: Process | None = None,
     ) -> None:
         super().__init__(lambda: self._monitor(settings.command_timeout))
-        self._launch = launch
         self._folder = folder
         self._inputs = inputs
         self._settings = settings
+        self._launch = launch
+        self._expected = expected
         self._starter = starter
         self._process = process
         self._over = False
@@ -203,10 +222,11 @@ class AttachedMachine(MonitoredMachine):
             raise self._start_failure("the command that starts the machine failed")
 
     async def _meet(self) -> None:
-        """Take the process that listens at the machine's place for the machine.
+        """Take the process that listens at the machine's place for the machine, if it is the one that is expected.
 
         Raises:
             Unavailable: nobody does, or another user.
+            PlatformFailed: `HYPERVISOR_FAILED`; another process than the machine does, which is left alone.
         """
         limit = self._settings.command_timeout
         pid = await listening_pid(self._folder, MONITOR, limit=limit)
@@ -216,14 +236,24 @@ class AttachedMachine(MonitoredMachine):
         try:
             # Asked again, now that the pidfd is bound: it is the listener's, and not that of a pid used again.
             again = await listening_pid(self._folder, MONITOR, limit=limit)
+            self._check_met(process, again)
         except BaseException:
             process.close()
             raise
-        if again != pid or not process.alive:
-            process.close()
-            raise Unavailable(Reason.PLATFORM_UNAVAILABLE, "the machine's monitor changes hands")
         self._process = process
         self._decided.set()
+
+    def _check_met(self, process: Process, listener: int) -> None:
+        assert self._expected is not None  # noqa: S101 -- a machine whose process is known is not met again
+        pid = process.identity.pid
+        objection = self._expected.objection(process.identity)
+        if listener != pid or not process.alive:
+            raise Unavailable(Reason.PLATFORM_UNAVAILABLE, "the machine's monitor changes hands")
+        if objection is not None:
+            raise PlatformFailed(
+                Reason.HYPERVISOR_FAILED,
+                f"the process {pid} that listens at the machine's monitor {objection}; it is left alone",
+            )
 
     def _start_failure(self, what: str) -> SevattestError:
         words = console.last_words(self._folder, "")
@@ -258,7 +288,7 @@ class AttachedMachine(MonitoredMachine):
                 await self._starter.end(grace)
             # The command may be gone since a restart, but not what it started.
             await end_family(None, str(self._launch))
-            with suppress(Unavailable):
+            with suppress(Unavailable, PlatformFailed):
                 await self._meet()
         if self._process is not None:
             await self._process.end(grace)
@@ -272,6 +302,12 @@ class AttachedMachine(MonitoredMachine):
         for process in (self._process, self._starter):
             if process is not None:
                 process.close()
+
+
+def _inputs_folder(trace: Trace) -> Path | None:
+    """The folder as the definition had it, which may have links in it."""
+    link = trace.folder / _INPUTS
+    return link.readlink() if link.is_symlink() else None
 
 
 def _link(link: Path, target: Path) -> None:

@@ -1,6 +1,7 @@
 """QEMU's monitor (QMP): few commands, a time limit on everything, and no doubt about what is in doubt.
 
-Built on the `qemu.qmp` library, which matches replies by id and drops late ones. What it does not do is here: a fixed
+Built on the `qemu.qmp` library, which matches replies by id and drops those that nobody waits for. What it does not do
+is here: ids that no other connection has used (a late answer to a client that left may reach the next one), a fixed
 list of commands, time limits (also on the greeting: a monitor serves one client, a second one connects and hears
 nothing), a bound on lines, a check of who listens, and the difference between "not sent" and "outcome unknown".
 
@@ -13,10 +14,12 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import secrets
 import socket
 import struct
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
+from itertools import count
 from pathlib import Path
 
 from qemu.qmp import ConnectError, ExecuteError, QMPClient, QMPError
@@ -42,7 +45,15 @@ IRREVERSIBLE = frozenset({"sev-inject-launch-secret", "cont"})
 _LINE_MAX = 1 << 20  # bytes; the longest answer to a command of ours is some 500
 _DISCONNECT = 5.0  # seconds for the library to let go of a closed socket
 _RETRY = 0.02  # seconds between attempts on a socket with a full backlog
+_RUN, _NUMBERS = secrets.token_hex(8), count()  # make a command's id; not even two runs of the agent share one
 _PEERCRED = struct.Struct("iii")  # struct ucred: pid, uid, gid
+
+
+class _Client(QMPClient):
+    """The library's client, but for its ids: those begin anew with each connection."""
+
+    def _get_exec_id(self) -> str:
+        return f"{_RUN}-{next(_NUMBERS)}"
 
 
 class MonitorSession:
@@ -102,7 +113,7 @@ async def monitor(
         Unavailable: nobody greets; nothing was sent.
     """
     connection, _ = await _reached(folder, name, limit, listener)
-    client = QMPClient(readbuflen=_LINE_MAX)
+    client = _Client(readbuflen=_LINE_MAX)
     # Nobody reads events here, and a machine can send them without end.
     client.events.event_filter = _no_event
     session = MonitorSession(client, limit)

@@ -126,6 +126,7 @@ class Custody:
         self.observe("start: machine checked", launch.launch_id)
         # Where somebody else started it, only now is it known which process it is.
         launch = await self._ledger.save(launch.moved(_E.STARTED, self._clock.now(), machine=machine.identity))
+        self.observe("start: paused", launch.launch_id)
         machine.forget_inputs()
         self.observe("start: done", launch.launch_id)
         return launch

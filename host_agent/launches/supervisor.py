@@ -125,6 +125,9 @@ class Supervisor:
                 await self._hypervisor.sweep(trace)
             else:
                 self._custody.take(launch_id, machine)
+                if launch.state is not _S.STARTING:
+                    # The agent may have died before it did; the machine has read them.
+                    await asyncio.to_thread(machine.forget_inputs)
             await self._bring_in_line(launch)
 
     async def _look_after(self, launch_id: UUID) -> None:

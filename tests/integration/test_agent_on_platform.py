@@ -48,6 +48,7 @@ POINTS = [
     "start: machine written down",
     "start: machine released",
     "start: machine checked",
+    "start: paused",
     "start: done",
     "measure: read",
     "measure: done",
@@ -388,7 +389,7 @@ async def test_after_a_kill_at_any_point_the_guest_runs_attested_or_does_not_run
     record_property(KILLED, (POINTS.index(point), point, run, outcome))
 
 
-@pytest.mark.parametrize("point", [*POINTS[3:12:2], "inject: done", *END_POINTS])
+@pytest.mark.parametrize("point", [*POINTS[3:13:2], "start: paused", "inject: done", *END_POINTS])
 async def test_after_a_kill_and_with_nobody_to_go_on_no_machine_is_left(site: Site, point: str) -> None:
     doomed = site.start(point)
     async with site.caller(doomed) as caller:

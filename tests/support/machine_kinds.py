@@ -20,6 +20,17 @@ from pathlib import Path
 from tests.support import fake_qemu
 from tests.support.platform import Platform
 
+# Runs the Python program that follows on its command line, from which `-readconfig FILE` is not passed on.
+_BEHIND_READCONFIG = """
+import runpy, sys
+kind, *rest = sys.argv[3:]
+if kind == "-c":
+    sys.argv = ["-c", *rest[1:]]
+    exec(rest[0])
+else:
+    sys.argv = rest
+    runpy.run_path(rest[0], run_name="__main__")
+"""
 CPU, VCPUS, CMDLINE = "EPYC-Milan", 2, "console=ttyS0"
 REPOSITORY = Path(__file__).parents[2]
 
@@ -98,6 +109,18 @@ def merged(words: Sequence[str]) -> list[str]:
         else:
             line.append(word)
     return [*line, "-machine", ",".join(machine)]
+
+
+def behind_readconfig(program: Sequence[str], file: Path) -> list[str]:
+    """The words that run `program` on what `file` says: the option stays on the line, as it does with a real QEMU."""
+    return [program[0], "-c", _BEHIND_READCONFIG, "-readconfig", str(file), *program[1:]]
+
+
+def command_line(program: Sequence[str], words: Sequence[str]) -> list[str]:
+    """What runs `program` with QEMU's arguments `words`, of which it is given what `-readconfig` names."""
+    if "-readconfig" in words:
+        program = behind_readconfig(program, Path(words[words.index("-readconfig") + 1]))
+    return [*program, *merged(expanded(words))]
 
 
 def start(words: Sequence[str], folder: Path) -> subprocess.Popen[bytes]:

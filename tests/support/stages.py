@@ -37,10 +37,10 @@ from tests.support.machine_kinds import (
     REPOSITORY,
     VCPUS,
     Kind,
-    expanded,
+    behind_readconfig,
+    command_line,
     guest_words,
     kill,
-    merged,
     start,
 )
 
@@ -120,10 +120,9 @@ class Stage:
 
     def _machine(self, monitor: Path, launch: list[str]) -> int:
         """Start a machine as somebody else would."""
-        words = merged(
-            [*guest_words(self.root), "-machine", "q35", *launch, "-S", "-qmp", f"unix:{monitor},server=on,wait=off"]
-        )
-        process = start([*self.kind.program, *words], self.root)
+        words = [*guest_words(self.root), "-machine", "q35", *launch, "-S"]
+        words += ["-qmp", f"unix:{monitor},server=on,wait=off"]
+        process = start(command_line(self.kind.program, words), self.root)
         self.processes.append(process)
         return process.pid
 
@@ -186,7 +185,7 @@ class AttachStage(Stage):
         file = self.inputs / "launch.cfg"
         while not file.exists():  # noqa: ASYNC110 -- as whoever starts a machine would
             await asyncio.sleep(0.005)
-        self._machine(self.monitor, expanded(["-readconfig", str(file)]))
+        self._machine(self.monitor, ["-readconfig", str(file)])
 
     def occupy(self) -> int:
         return self._stranger(self.monitor)
@@ -203,10 +202,10 @@ class CommandStage(AttachStage):
         words = [*guest_words(self.root), "-machine", "q35", "-S", "-qmp", f"unix:{self.monitor},server=on,wait=off"]
         script.write_text(
             "import os\n"
-            "from tests.support.machine_kinds import expanded, merged\n"
-            f"words = merged(expanded({[*words, '-readconfig', str(self.inputs / 'launch.cfg')]!r}))\n"
-            f"program = {list(self.kind.program)!r}\n"
-            "os.execv(program[0], [*program, *words])\n"
+            "from tests.support.machine_kinds import command_line\n"
+            f"words = {[*words, '-readconfig', str(self.inputs / 'launch.cfg')]!r}\n"
+            f"line = command_line({list(self.kind.program)!r}, words)\n"
+            "os.execv(line[0], line)\n"
         )
         definition = AttachDefinition(
             firmware=self.firmware,
@@ -258,7 +257,8 @@ class ProxmoxStage(Stage):
             **changes,
         }
         (self.pve / f"{self.vmid}.conf").write_text("".join(f"{key}: {value}\n" for key, value in conf.items()))
-        (self.pve / "kvm.json").write_text(json.dumps(self.kind.program))
+        program = behind_readconfig(self.kind.program, self.settings.run / str(self.vmid) / "launch.cfg")
+        (self.pve / "kvm.json").write_text(json.dumps(program))
         qm = self.root / "qm"
         qm.write_text(
             f'#!/bin/sh\nexport PYTHONPATH={REPOSITORY}\nexec {sys.executable} {fake_qm.__file__} {self.pve} "$@"\n'
