@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -157,6 +158,52 @@ def test_sevs_requests_never_reach_a_driver_of_the_kernels(platform: Platform, t
             assert under(platform, sev_programs.strangers, name) == ["ENOTTY"] * 4, name
     finally:
         os.close(other_end)
+
+
+def test_neither_do_those_of_a_program_of_32_bits(platform: Platform) -> None:
+    calls = subprocess.run(
+        [*program_of(sev_programs.strangers_of_another_abi, "/dev/urandom")],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
+    if calls.returncode or json.loads(calls.stdout) != [-errno.EINVAL] * 4:
+        pytest.skip("this kernel has no calls of 32 bits, or no memory to execute")
+    assert under(platform, sev_programs.strangers_of_another_abi, "/dev/urandom") == [-errno.ENOTTY] * 4
+
+
+def test_neither_do_those_of_a_program_whose_memory_cannot_be_read(platform: Platform, tmp_path: Path) -> None:
+    # The kernel hides the memory of a program whose file may only be executed; not from root with all its powers.
+    python = tmp_path / "python"
+    shutil.copyfile(os.path.realpath(sys.executable), python)
+    python.chmod(0o111)
+    weak: list[str] = []
+    if not os.getuid():
+        if shutil.which("setpriv") is None:
+            pytest.skip("setpriv not found, install the Debian package util-linux")
+        os.chown(python, 65534, 65534)
+        weak = ["setpriv", "--bounding-set", "-sys_ptrace,-dac_override,-dac_read_search", "--"]
+
+    code = (
+        "import errno, fcntl, os\n"
+        "for name in ('/dev/urandom', '/dev/sev'):\n"
+        "    try: print(fcntl.ioctl(os.open(name, os.O_RDONLY), 0xC0105300, bytearray(64)))\n"
+        "    except OSError as error: print(errno.errorcode[error.errno])\n"
+    )
+    program = ["env", f"PYTHONHOME={sys.base_prefix}", str(python), "-c", code]
+
+    def said(words: list[str]) -> list[str]:
+        ended = subprocess.run([*weak, *words], capture_output=True, text=True, timeout=TIMEOUT, check=False)
+        return ended.stdout.split()
+
+    if said(["head", "-c", "4", str(python)]):
+        pytest.skip("this user reads every file")
+    if said(program)[:1] != ["EINVAL"]:
+        pytest.skip("a copy of this interpreter does not run")
+    urandom, device = said(run_words(platform, *program))
+    assert urandom == "ENOTTY"
+    assert device in {"ENOENT", "EACCES", "ENOTTY"}  # whatever this host has there, it was not asked
 
 
 def test_what_is_written_into_it_nobody_reads(platform: Platform) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -47,9 +48,20 @@ def ended(platform: Platform, *program: str) -> tuple[int, str, str]:
     return run.returncode, run.stdout, run.stderr
 
 
-def started(platform: Platform, *program: str) -> subprocess.Popen[str]:
+@contextmanager
+def started(platform: Platform, *program: str) -> Iterator[subprocess.Popen[str]]:
+    """A run, and the end of it and of what its program has left behind, also where the test fails."""
     words = run_words(platform, *program)
-    return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        yield process
+    finally:
+        # Once it was waited for, its number may be another's.
+        for descendant in descendants(process.pid) if process.poll() is None else []:
+            with suppress(ProcessLookupError):
+                os.kill(descendant, signal.SIGKILL)
+        process.kill()
+        process.communicate(timeout=TIMEOUT)
 
 
 def line(process: subprocess.Popen[str]) -> str:
@@ -117,15 +129,15 @@ def test_the_program_has_the_descriptors_that_a_program_started_directly_has(pla
 
 
 def test_signals_are_passed_on(platform: Platform) -> None:
-    process = started(platform, sys.executable, "-c", COUNTS)
-    assert line(process).startswith("ready ")
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
-    for number in numbers:
-        process.send_signal(number)
-        assert line(process) == f"{int(number)}\n"
-    process.send_signal(signal.SIGUSR2)
-    assert process.communicate(timeout=TIMEOUT) == (f"{int(signal.SIGUSR2)}\n", "")
-    assert process.returncode == 5
+    with started(platform, sys.executable, "-c", COUNTS) as process:
+        assert line(process).startswith("ready ")
+        for number in numbers:
+            process.send_signal(number)
+            assert line(process) == f"{int(number)}\n"
+        process.send_signal(signal.SIGUSR2)
+        assert process.communicate(timeout=TIMEOUT) == (f"{int(signal.SIGUSR2)}\n", "")
+        assert process.returncode == 5
 
 
 def test_ctrl_c_reaches_the_program_once(platform: Platform) -> None:
@@ -165,22 +177,26 @@ def read_until(terminal: int, wanted: bytes | None) -> bytes:
 
 
 def test_what_a_program_leaves_behind_is_served_and_waited_for(platform: Platform) -> None:
-    left = "import sys; sys.stdin.readline(); open('/dev/sev').close(); print('served', flush=True)"
+    left = (
+        "import os, sys; print(os.getpid(), flush=True); sys.stdin.readline(); "
+        "open('/dev/sev').close(); print('served', flush=True)"
+    )
     script = f'{sys.executable} -c "{left}" <&0 & exit 6'
-    process = started(platform, SHELL, "-c", script)
-    wait_until(lambda: [command_of(child) for child in children(process.pid)] == [f"{sys.executable} -c {left}"])
-    assert process.communicate("go\n", timeout=TIMEOUT) == ("served\n", "")
-    assert process.returncode == 6
+    with started(platform, SHELL, "-c", script) as process:
+        orphan = int(line(process))
+        wait_until(lambda: children(process.pid) == [orphan])
+        assert process.communicate("go\n", timeout=TIMEOUT) == ("served\n", "")
+        assert process.returncode == 6
 
 
 def test_a_signal_ends_what_a_program_has_left_behind(platform: Platform) -> None:
-    process = started(platform, SHELL, "-c", "sleep 1000 & exit 0")
-    wait_until(lambda: [command_of(child) for child in children(process.pid)] == ["sleep 1000"])
-    (left,) = children(process.pid)
-    process.terminate()
-    assert process.communicate(timeout=TIMEOUT) == ("", "")
-    assert process.returncode == 0
-    assert not is_running(left)
+    with started(platform, SHELL, "-c", "sleep 1000 & exit 0") as process:
+        wait_until(lambda: [command_of(child) for child in children(process.pid)] == ["sleep 1000"])
+        (left,) = children(process.pid)
+        process.terminate()
+        assert process.communicate(timeout=TIMEOUT) == ("", "")
+        assert process.returncode == 0
+        assert not is_running(left)
 
 
 def test_a_killed_supervisor_takes_the_program_along_and_hangs_nobody(platform: Platform, tmp_path: Path) -> None:
@@ -189,20 +205,20 @@ def test_a_killed_supervisor_takes_the_program_along_and_hangs_nobody(platform: 
     code = (
         "import os, signal, sys, time\n"
         "log = open(sys.argv[1], 'w')\n"
+        "parent, deadline = os.getpid(), time.monotonic() + float(sys.argv[2])\n"
         "child = os.fork()\n"
         "if child:\n"
         "    print(os.getpid(), child, flush=True)\n"
         "    signal.pause()\n"
-        "parent = os.getppid()\n"
-        "while os.getppid() == parent: time.sleep(0.01)\n"
+        "while os.getppid() == parent and time.monotonic() < deadline: time.sleep(0.01)\n"
         "try: os.open('/dev/sev', os.O_RDWR)\n"
         "except OSError as error: print(error.errno, file=log, flush=True)\n"
     )
-    process = started(platform, sys.executable, "-c", code, str(tried))
-    program, child = map(int, line(process).split())
-    process.kill()
-    process.communicate(timeout=TIMEOUT)
-    wait_until(lambda: not is_running(program) and not is_running(child))
+    with started(platform, sys.executable, "-c", code, str(tried), str(TIMEOUT)) as process:
+        program, child = map(int, line(process).split())
+        process.kill()
+        process.communicate(timeout=TIMEOUT)
+        wait_until(lambda: not is_running(program) and not is_running(child))
     assert tried.read_text() == "38\n"  # ENOSYS
 
 
@@ -218,15 +234,16 @@ def test_a_program_killed_during_a_command_is_not_waited_for(tmp_path: Path) -> 
         "print(os.getpid(), flush=True)\n"
         "fcntl.ioctl(device, 0xC0105300, bytearray(b'\\1' + bytes(15)))\n"
     )
-    with platform_in_thread(tmp_path / "p", faults=faults) as served:
-        process = started(served, sys.executable, "-c", code)
+    with (
+        platform_in_thread(tmp_path / "p", faults=faults) as served,
+        started(served, sys.executable, "-c", code) as process,
+    ):
         program = int(line(process))
         wait_until(lambda: Path(f"/proc/{program}/syscall").read_text(encoding="ascii").startswith("16 "))
         begun = time.monotonic()
         os.kill(program, signal.SIGKILL)
         assert process.wait(TIMEOUT) == -signal.SIGKILL
         assert time.monotonic() - begun < 10
-        process.communicate()
 
 
 def test_without_a_served_platform_it_says_so_and_ends_with_3(tmp_path: Path) -> None:
@@ -257,12 +274,11 @@ def test_it_cannot_be_nested_and_says_why(platform: Platform) -> None:
 
 def test_nothing_is_left_of_a_run(platform: Platform) -> None:
     before = sorted(entry.name for entry in platform.state.iterdir())
-    process = started(platform, SHELL, "-c", "echo $$; exec sleep 1000")
-    program = int(line(process))
-    assert is_running(program)
-    process.terminate()
-    assert process.wait(TIMEOUT) == -signal.SIGTERM
-    process.communicate()
+    with started(platform, SHELL, "-c", "echo $$; exec sleep 1000") as process:
+        program = int(line(process))
+        assert is_running(program)
+        process.terminate()
+        assert process.wait(TIMEOUT) == -signal.SIGTERM
     assert not is_running(program)
     assert sorted(entry.name for entry in platform.state.iterdir()) == before
 
@@ -273,7 +289,15 @@ def test_the_help_names_the_words() -> None:
 
 
 def children(process: int) -> list[int]:
-    return [int(word) for word in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    """Of its first thread, the only one that starts any; none when it is gone."""
+    try:
+        return [int(word) for word in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def descendants(process: int) -> list[int]:
+    return [each for child in children(process) for each in (child, *descendants(child))]
 
 
 def command_of(process: int) -> str:

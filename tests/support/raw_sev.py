@@ -64,6 +64,23 @@ def ioctl(descriptor: int, request: int, argument: Place) -> str:
     return "ok" if _libc.ioctl(descriptor, request, address(argument)) >= 0 else errno.errorcode[ctypes.get_errno()]
 
 
+def ioctl_of_32_bits(descriptor: int, request: int) -> int:
+    """An ioctl of the i386 ABI, with no argument: the result, or the negative errno.
+
+    Raises:
+        OSError: no memory can be executed that was written.
+    """
+    # push rbx; mov eax, 54; mov ebx, edi; mov ecx, esi; xor edx, edx; int 0x80; pop rbx; ret
+    code = bytes.fromhex("53b836000000 89fb 89f1 31d2 cd80 5b c3".replace(" ", ""))
+    with mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC) as page:
+        page[: len(code)] = code
+        place = ctypes.c_char.from_buffer(page)
+        call = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_uint)(ctypes.addressof(place))
+        result = int(call(descriptor, request))
+        del place
+    return result
+
+
 def syscall(number: int, *arguments: int | bytes) -> int:
     """The result, or the negative errno."""
     result: int = _libc.syscall(number, *arguments)

@@ -214,6 +214,12 @@ def strangers(path: str) -> list[str]:
     return [raw_sev.ioctl(descriptor, request, Memory(64)) for request in SEV_REQUESTS]
 
 
+def strangers_of_another_abi(path: str) -> list[int]:
+    """The same in the calls of a program of 32 bits."""
+    descriptor = os.open(path, os.O_RDONLY)
+    return [raw_sev.ioctl_of_32_bits(descriptor, request) for request in SEV_REQUESTS]
+
+
 def left_by_another() -> list[Any]:
     """What one open device sees of what was written into another."""
 
