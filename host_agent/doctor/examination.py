@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,15 +16,17 @@ from host_agent.app import make_device
 from host_agent.config import AgentConfig, DeviceTable
 from host_agent.devices import DEFAULT_PATH, DEV_SEV, Device
 from host_agent.devices.qmp import QmpDevice
-from host_agent.doctor import firmware, guests, kernel, processor, qemu, site
+from host_agent.doctor import firmware, foreign, guests, kernel, processor, qemu, site
 from host_agent.doctor.findings import Finding, failed, passed, skipped
-from host_agent.doctor.machine import Machine
+from host_agent.doctor.machine import Machine, Unreadable
 from host_agent.guest_tables import GuestTable
 from host_agent.hypervisors.attach import AttachDefinition
 from host_agent.hypervisors.base import GuestDefinition
 from host_agent.hypervisors.options import Options
 
 SOFTWARE_PLATFORM = "socket"  # the driver's name
+# What a look at a host may raise beside what its probe expects: rights and files change while it goes on.
+_TROUBLE = (OSError, Unreadable, SevattestError, ValueError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +63,9 @@ async def examine(question: Question) -> list[Finding]:
         findings += [skipped("cpu", why), skipped("kernel", why)]
     else:
         c_bit = None if agent is None else agent.qemu.cbitpos
-        findings += processor.probe(cpu, es=question.es, c_bit=c_bit)
-        findings += kernel.probe(question.machine, cpu, es=question.es, device=_device_node(agent))
+        findings += _each("cpu", processor.probe(cpu, es=question.es, c_bit=c_bit))
+        node = _device_node(agent)
+        findings += _each("kernel", kernel.probe(question.machine, cpu, es=question.es, device=node))
     snp = driver != SOFTWARE_PLATFORM and kernel.snp_is_on(question.machine)
     if question.captured:
         findings.append(skipped("firmware.answers", "a machine that was written down has no firmware to ask"))
@@ -76,10 +79,39 @@ async def examine(question: Question) -> list[Finding]:
             key_service=question.key_service,
             roots=question.roots,
         )
-        findings += [finding async for finding in answers]
-    findings += _agent(question, agent)
+        findings += [finding async for finding in _each_answer("firmware", answers)]
+    findings += _each("agent", _agent(question, agent))
     findings += _guests(question, agent)
+    if agent is not None and not question.captured:
+        findings += [finding async for finding in _each_answer("guest", foreign.probe(agent))]
     return findings
+
+
+def _each(group: str, look: Iterator[Finding]) -> Iterator[Finding]:
+    """What a group of probes finds; trouble that none of them expected is a finding too, and ends the group alone."""
+    try:
+        yield from look
+    except _TROUBLE as error:
+        yield _unseen(group, error)
+
+
+async def _each_answer(group: str, look: AsyncIterator[Finding]) -> AsyncIterator[Finding]:
+    """The same of probes that wait for an answer."""
+    try:
+        async for finding in look:
+            yield finding
+    except _TROUBLE as error:
+        yield _unseen(group, error)
+
+
+def _unseen(group: str, error: Exception) -> Finding:
+    return skipped(group, f"the rest could not be looked at: {_sentence(error)}", "run this as the agent's user")
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
+    return str(getattr(error, "message", error))
 
 
 def _read_config(question: Question, findings: list[Finding]) -> AgentConfig | None:
@@ -90,11 +122,11 @@ def _read_config(question: Question, findings: list[Finding]) -> AgentConfig | N
     try:
         agent = configuration.load(question.config_file, AgentConfig, question.environ)
         config.load(question.config_file, question.environ)
-    except SevattestError as error:
-        findings.append(failed("agent.config", error.message, advice))
+    except _TROUBLE as error:
+        findings.append(failed("agent.config", _sentence(error), advice))
         try:
             return configuration.load(question.config_file, AgentConfig, question.environ)
-        except SevattestError:
+        except _TROUBLE:
             return None
     findings.append(passed("agent.config", f"{question.config_file} can be used"))
     return agent
@@ -124,7 +156,7 @@ def _agent(question: Question, agent: AgentConfig | None) -> Iterator[Finding]:
     written = None
     if agent is not None and question.config_file is not None:
         yield site.certificate(agent.server_tls(), now)
-        yield from site.state_dir(question.machine, agent.state_dir)
+        yield from _each("state_dir", site.state_dir(question.machine, agent.state_dir))
         yield site.machines_outlive(question.machine, agent.started_programs())
         written = datetime.fromtimestamp(question.config_file.stat().st_mtime, UTC)
     yield site.clock(question.machine, now=now, written=written)
@@ -132,7 +164,7 @@ def _agent(question: Question, agent: AgentConfig | None) -> Iterator[Finding]:
 
 def _guests(question: Question, agent: AgentConfig | None) -> Iterator[Finding]:
     if agent is None:
-        yield from qemu.probe(question.machine, qemu.DEFAULT_PROGRAM, of="")
+        yield from _each("qemu", qemu.probe(question.machine, qemu.DEFAULT_PROGRAM, of=""))
         yield _lock_limit(question.machine)
         return
     if not agent.guests:
@@ -142,12 +174,13 @@ def _guests(question: Question, agent: AgentConfig | None) -> Iterator[Finding]:
         program = tuple(table.program)
         if program and program not in asked:
             asked.add(program)
-            yield from qemu.probe(question.machine, program, of=name)
+            yield from _each(f"qemu.{name}", qemu.probe(question.machine, program, of=name))
         if table.driver == GuestDefinition.driver:
-            yield from guests.probe(question.machine, name, table.firmware, table.args, es=question.es)
+            found = guests.probe(question.machine, name, table.firmware, table.args, es=question.es)
         else:
             monitor = _monitor(agent, table)
-            yield from guests.probe_foreign(question.machine, name, table.firmware, monitor, es=question.es)
+            found = guests.probe_foreign(question.machine, name, table.firmware, monitor, es=question.es)
+        yield from _each(f"guest.{name}", found)
 
 
 def _monitor(agent: AgentConfig, table: GuestTable) -> str | None:

@@ -57,9 +57,15 @@ def clock(machine: Machine, *, now: datetime, written: datetime | None) -> Findi
 def state_dir(machine: Machine, folder: Path) -> Iterator[Finding]:
     """Whether the launches' folder is the agent's alone, and on a disk of this host."""
     there = folder
-    while not there.exists() and there != there.parent:
-        there = there.parent
-    yield _private(folder) if folder.exists() else _to_be_made(folder, there)
+    try:
+        while not there.exists() and there != there.parent:
+            there = there.parent
+        yield _private(folder) if there == folder else _to_be_made(folder, there)
+    except OSError as error:
+        advice = f"run this as the agent's user, and let it search the folders above {folder}"
+        yield failed("state_dir.private", f"{folder} cannot be looked at: {error.strerror}", advice)
+        yield skipped("state_dir.local", f"{folder} cannot be looked at")
+        return
     try:
         table = machine.text("/proc/self/mountinfo")
     except OSError as error:
