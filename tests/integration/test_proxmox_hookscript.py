@@ -9,6 +9,7 @@ import asyncio
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
@@ -98,6 +99,11 @@ class Host:
     def tasks(self) -> list[str]:
         return (self.stage.pve / "tasks").read_text().split()
 
+    @property
+    def calls(self) -> list[str]:
+        """The commands of `qm` that were run, whoever ran them."""
+        return (self.stage.pve / "calls").read_text().split()
+
     def end_machine(self) -> None:
         if self.pid is not None:
             os.kill(self.pid, signal.SIGKILL)
@@ -129,7 +135,9 @@ def host() -> Iterator[Host]:
     stages: list[ProxmoxStage] = []
 
     def edit(site: Site) -> None:
-        program = (*script("sevattest"), "platform", "qemu", "--builtin", "--state", str(site.platform))
+        # As a Python program: what runs in QEMU's place has `-readconfig` on its line before it (`behind_readconfig`).
+        main = "import sys; from orchestrator.cli import main; sys.exit(main())"
+        program = (sys.executable, "-c", main, "platform", "qemu", "--builtin", "--state", str(site.platform))
         stage = ProxmoxStage(root=site.root / "px", kind=Kind(name="builtin", program=program))
         stage.root.mkdir()
         stage.settings.run.mkdir(mode=0o700)
@@ -150,7 +158,7 @@ def host() -> Iterator[Host]:
 async def both(host: Host) -> AsyncIterator[Sides]:
     """The sides, with no machine running and a configuration as it must be."""
     host.end_machine()
-    for left in (host.serial, host.stage.pve / "tasks"):
+    for left in (host.serial, host.stage.pve / "tasks", host.stage.pve / "calls"):
         left.unlink(missing_ok=True)
     host.set_up()
     async with sides(host.stack) as reached:
@@ -168,6 +176,8 @@ async def test_a_machine_that_is_started_by_qm_is_attested_and_reads_the_owners_
     assert "secret packet in place" in done.stdout
     assert "running: vm" in done.stdout
     assert host.tasks == ["pre-start", "kvm", "post-start"]
+    # The agent has looked at the machine and not started it a second time: qm is under way and holds its lock.
+    assert host.calls == ["start", "showcmd"]
     deadline = time.monotonic() + 20
     while not host.serial.exists() or not host.serial.read_text():
         assert time.monotonic() < deadline
@@ -182,8 +192,26 @@ async def test_a_guest_that_is_launched_at_the_agent_is_started_by_the_agent(hos
     assert outcome.error is None, outcome.error
     assert host.pid is not None
     assert host.tasks[:2] == ["pre-start", "kvm"]
+    assert host.calls == ["showcmd", "start"]
     await both.end(outcome)
     assert host.pid is None
+
+
+@pytest.mark.parametrize(
+    ("machine", "file"),
+    [({"machine": "q35"}, "pve-q35-4.0.cfg"), ({"machine": "pc-i440fx-4.1", "usb0": "host=1-2"}, "pve-usb.cfg")],
+    ids=["q35", "older-i440fx"],
+)
+async def test_the_agent_takes_a_machine_with_proxmox_ves_own_files(
+    host: Host, both: Sides, machine: dict[str, str], file: str
+) -> None:
+    del both
+    host.set_up(**machine)
+    shown = await host.qm("showcmd", str(host.stage.vmid))
+    assert f"-readconfig /usr/share/qemu-server/{file}" in shown.stdout
+    done = await host.qm("start", str(host.stage.vmid))
+    assert "is not started with the launch's file" not in done.stdout
+    assert host.tasks[:2] == ["pre-start", "kvm"]
 
 
 async def test_a_refusal_aborts_the_start_before_any_machine_exists(host: Host, both: Sides) -> None:
