@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -34,7 +36,7 @@ from tests.support.agent_site import REPOSITORY, Site, agent_site
 from tests.support.eventually import until
 from tests.support.kvm import needs_kvm
 from tests.support.pki import Pki
-from tests.support.platform import SEVATTEST, Platform, running_platform
+from tests.support.platform import SEVATTEST, Platform, give_chip, running_platform
 from tests.support.qmp import running_machine
 from tests.support.real_qemu import EACH_QEMU, qemu, small_kernel
 from tests.support.sev_host import make_host, wait_for_no_guest
@@ -556,6 +558,37 @@ def test_the_ioctl_driver_and_an_unmodified_qemu_on_kvm_pass(site: Site, qemu: s
     code, found, out = under(site, "--for", kind, *map(str, rooted(site)))
     assert (code, list(found), set(found.values())) == (0, STEPS, {"PASS"}), out
     assert_nothing_is_left(site)
+
+
+@needs_kvm
+def test_the_pages_lines_for_a_host_without_hardware_work_as_they_stand(qemu: str, tmp_path: Path) -> None:
+    page = (REPOSITORY / "docs" / "selftest.md").read_text(encoding="utf-8")
+    lines = page.partition("## Without hardware")[2].partition("```sh\n")[2].partition("```")[0]
+    assert "cbitpos = 0," in lines
+    lines = lines.replace("cbitpos = 0,", f"cbitpos = {look(ThisMachine()).c_bit or 0},")
+    give_chip(tmp_path / "p", "milan")  # made once a run of the tests
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name, module in (("sevattest", "orchestrator.cli"), ("sev-host-agent", "host_agent.cli")):
+        call = f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); from {module} import main; sys.exit(main())"
+        (commands / name).write_text(f'#!/bin/sh\nexec {sys.executable} -c {shlex.quote(call)} "$@"\n')
+        (commands / name).chmod(0o755)
+    environ = {**os.environ, "PATH": f"{commands}:{Path(str(shutil.which(qemu))).parent}:{os.environ['PATH']}"}
+    with subprocess.Popen(
+        ["bash", "-e", "-c", lines],
+        cwd=tmp_path,
+        env=environ,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as shell:
+        try:
+            out, _ = shell.communicate(timeout=100)
+        finally:
+            with suppress(ProcessLookupError):  # where the lines stop early, the platform is still served
+                os.killpg(shell.pid, signal.SIGKILL)
+    found = re.findall(r"^(PASS|FAIL|SKIP) ([a-z_.]+): ", out, re.MULTILINE)
+    assert (shell.returncode, found) == (0, [("PASS", step) for step in STEPS]), out
 
 
 @needs_kvm
