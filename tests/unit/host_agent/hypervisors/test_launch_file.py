@@ -7,12 +7,14 @@ import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
 from common.errors import InvalidInput
 from emulator.firmware_image import build_image
 from host_agent.hypervisors.arguments import MachineOptions, command_line, launch_file
+from host_agent.hypervisors.expected import Expected
 from tests.support.machine_kinds import expanded, merged
 from tests.support.real_qemu import EACH_QEMU, qemu, version_of
 
@@ -41,7 +43,8 @@ def test_it_says_what_the_command_line_of_a_spawned_machine_says(tmp_path: Path)
 def test_a_real_qemu_takes_the_firmware_and_merges_the_machine(qemu: str, tmp_path: Path) -> None:
     firmware = tmp_path / "OVMF.fd"
     firmware.write_bytes(build_image("one"))
-    text = launch_file(replace(OPTIONS, firmware=firmware), tmp_path)
+    head = Expected.from_now(tmp_path / "launch.cfg", uuid4()).head
+    text = head + launch_file(replace(OPTIONS, firmware=firmware), tmp_path)
     # Without SEV an object of another kind takes the place of the guest's: what counts is how it is linked.
     text = text.replace('"sev-guest"', '"memory-backend-ram"').replace("confidential-guest-support", "memory-backend")
     kept = [
@@ -49,7 +52,7 @@ def test_a_real_qemu_takes_the_firmware_and_merges_the_machine(qemu: str, tmp_pa
         for line in text.splitlines()
         if not line.startswith(("  cbit", "  red", "  pol", "  dh", "  ses", "  ker"))
     ]
-    kept.insert(1, '  size = "134217728"')
+    kept.insert(2, '  size = "134217728"')
     (tmp_path / "launch.cfg").write_text("\n".join(kept) + "\n")
     told = _ask(qemu, tmp_path, "query-block", "query-memdev")
     [flash] = [block for block in told["query-block"] if block["device"] == "pflash0"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import json
 import os
 import socket
 import subprocess
@@ -21,8 +22,10 @@ from host_agent.hypervisors.qmp import COMMANDS, IRREVERSIBLE, MonitorSession, m
 from tests.support import fake_qemu
 from tests.support.agent import Script, open_descriptors
 from tests.support.eventually import until
+from tests.support.stages import short_folder
 
 SOCKET = "qmp.sock"
+GREETING = {"QMP": {"version": {"qemu": {"micro": 0, "minor": 2, "major": 7}, "package": ""}, "capabilities": []}}
 LONG = 20.0
 SHORT = 0.3
 ARGUMENTS = ["-object", "sev-guest,id=sev0,policy=0x1", "-qmp", f"unix:{SOCKET},server=on,wait=off"]
@@ -150,6 +153,37 @@ async def test_an_answer_after_the_time_limit_reaches_nobody(qemu: Script) -> No
             await connected.execute("query-status")
     async with session(qemu) as connected:
         assert await connected.execute("query-sev-launch-measure") != {}
+
+
+@pytest.mark.parametrize("command", ["cont", "sev-inject-launch-secret", "query-status"])
+async def test_an_answer_that_is_late_by_a_connection_is_not_believed(command: str) -> None:
+    asked: list[object] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Keep the first client's answers for the second, which is refused what it asks."""
+        late = [{"id": number, "return": {}} for number in asked]
+        writer.write(json.dumps(GREETING).encode() + b"\r\n")
+        while line := await reader.read(1 << 16):  # one message: the library waits for each answer
+            message = json.loads(line)
+            if message["execute"] == "qmp_capabilities":
+                answers: list[object] = [{"return": {}}]
+            else:
+                asked.append(message["id"])
+                answers = [*late, {"id": message["id"], "error": {"class": "GenericError", "desc": "no"}}]
+                if not late:
+                    break
+            writer.write(b"".join(json.dumps(answer).encode() + b"\r\n" for answer in answers))
+        writer.close()
+
+    with short_folder() as folder:
+        async with await asyncio.start_unix_server(serve, folder / SOCKET):
+            async with monitor(folder, SOCKET, limit=LONG) as connected:
+                with pytest.raises((OutcomeUnknown, Unavailable)):
+                    await connected.execute(command)
+            async with monitor(folder, SOCKET, limit=LONG) as connected:
+                with pytest.raises(PlatformFailed, match=f"the machine refused {command}: no"):
+                    await connected.execute(command)
+    assert len(asked) == len(set(asked)) == 2
 
 
 async def test_an_error_is_told_in_qemus_words(qemu: Script) -> None:
