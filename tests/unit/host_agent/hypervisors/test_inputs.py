@@ -69,3 +69,36 @@ def test_what_cannot_be_written_whole_is_not_left_in_part(tmp_path: Path) -> Non
     with pytest.raises(PlatformFailed, match="cannot be written"):
         inputs.write(b"godh", b"session", "x")
     assert not [path for path in inputs.folder.iterdir() if path.is_file() and path.suffix == ".b64"]
+
+
+def test_a_folder_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Inputs(tmp_path / "in").prepare()
+    monkeypatch.setattr(os, "geteuid", lambda: tmp_path.stat().st_uid + 1)
+    with pytest.raises(PlatformFailed, match="not a folder of the agent's own"):
+        Inputs(tmp_path / "in").prepare()
+
+
+def test_the_file_that_calls_for_a_machine_comes_last_and_goes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = Inputs(tmp_path / "in")
+    inputs.prepare()
+    seen: list[list[str]] = []
+    replace, unlink = Path.replace, Path.unlink
+
+    def replaced(path: Path, target: Path) -> Path:
+        moved = replace(path, target)
+        seen.append(names(inputs.folder))
+        return moved
+
+    def unlinked(path: Path, *, missing_ok: bool = False) -> None:
+        unlink(path, missing_ok=missing_ok)
+        if path.suffix != ".new":
+            seen.append(names(inputs.folder))
+
+    monkeypatch.setattr(Path, "replace", replaced)
+    monkeypatch.setattr(Path, "unlink", unlinked)
+    inputs.write(b"godh", b"session", "x")
+    inputs.remove()
+    assert ["launch.cfg" in there for there in seen] == [False, False, True, False, False, False]
+    assert seen[2] == NAMES
