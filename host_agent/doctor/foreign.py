@@ -68,6 +68,10 @@ def _inputs(probe_id: str, folder: Path) -> Finding:
     advice = f"{_AS_AGENT}; `chown` and `chmod 700 {folder}`"
     if not stat.S_ISDIR(found.st_mode):
         return failed(probe_id, f"{folder} is no folder", "take it away; the agent makes it")
+    if found.st_uid != os.geteuid() == 0:
+        return skipped(
+            probe_id, f"{folder} belongs to uid {found.st_uid}, and this is root; is it the agent's?", _AS_AGENT
+        )
     if found.st_uid != os.geteuid():
         return failed(probe_id, f"{folder} belongs to uid {found.st_uid}, not to this user", advice)
     if mode & 0o077:

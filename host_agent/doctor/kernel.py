@@ -154,7 +154,8 @@ def _device(machine: Machine, path: str | None) -> Iterator[Finding]:
         yield skipped("device.writable", f"there is no {path}")
         return
     except PermissionError:
-        advice = f"give this user access to {path}, by a group and a udev rule, and run this as the agent's user"
+        rule = "a group and a udev rule (deploy/host-agent/70-sev.rules)"
+        advice = f"give this user access to {path}, by {rule}, and run this as the agent's user"
         yield failed("device.present", f"{path} may not be opened by this user", advice)
     except OSError as error:
         advice = "the node is there without its driver: look at `dmesg | grep -e ccp -e SEV`"

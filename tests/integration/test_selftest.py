@@ -292,6 +292,23 @@ def test_further_signals_do_not_keep_the_guest_from_being_ended(site: Site, seco
     assert_nothing_is_left(site)
 
 
+def test_a_terminal_that_hangs_up_ends_the_guest_first(site: Site) -> None:
+    site.program = [sys.executable, "-c", WAITING]
+    site.write_config()
+    ours, theirs = os.openpty()
+    command = ["setsid", "--ctty", "--wait", *AGENT, "selftest", "--config", str(site.config)]
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs) as process:
+        try:
+            os.close(theirs)
+            asyncio.run(until(lambda: any(b"3600" in _command_line(pid) for pid in site.machines())))
+            os.close(ours)
+            process.wait(timeout=60)
+        finally:
+            process.kill()
+    asyncio.run(until(lambda: not site.machines() and not [*(site.root / "state").glob("selftest-*")]))
+    assert_nothing_is_left(site)
+
+
 def test_a_signal_that_was_ignored_before_stays_ignored(site: Site) -> None:
     with waiting_selftest(site, WAITING, "nohup") as process:
         process.send_signal(signal.SIGHUP)

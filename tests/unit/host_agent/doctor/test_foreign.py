@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -67,6 +68,13 @@ def test_a_link_to_a_folder_is_none(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir(mode=0o700)
     (tmp_path / "in" / "web").symlink_to(tmp_path / "elsewhere")
     assert attached(tmp_path)["guest.web.inputs"] == "FAIL"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
+def test_root_does_not_judge_a_folder_that_may_be_the_agents(tmp_path: Path) -> None:
+    (tmp_path / "in" / "web").mkdir(parents=True, mode=0o700)
+    os.chown(tmp_path / "in" / "web", 65534, 65534)
+    assert attached(tmp_path)["guest.web.inputs"] == "SKIP"
 
 
 @pytest.mark.parametrize(("mode", "outcome"), [(0o755, "PASS"), (0o644, "FAIL"), (None, "FAIL")])
