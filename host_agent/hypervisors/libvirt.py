@@ -118,6 +118,8 @@ class LibvirtMachine:
         self._start = start
         self._xml = xml
         self._created = threading.Event()  # libvirt's answer to the start is there, whatever it was
+        self._turn = threading.Lock()  # of asking for the domain, or giving it up
+        self._asked = self._given_up = False
         self._gone = asyncio.Event()
         self._watch: asyncio.Task[None] | None = None
         if xml is None:
@@ -149,6 +151,10 @@ class LibvirtMachine:
 
     def _create(self, connection: Any, xml: str) -> None:
         libvirt = load()
+        with self._turn:
+            if self._given_up:
+                raise NoDomain
+            self._asked = True
         try:
             connection.createXML(xml, libvirt.VIR_DOMAIN_START_PAUSED | libvirt.VIR_DOMAIN_START_VALIDATE)
         finally:
@@ -210,6 +216,10 @@ class LibvirtMachine:
             self._gone.set()  # it was never asked for
         if self._gone.is_set():
             return
+        with self._turn:
+            self._given_up = True
+            if not self._asked:
+                self._created.set()  # libvirt could not be reached, and will not be asked any more
         with suppress(NoDomain):
             await self._calls.run("destroy", lambda connection: self._lookup(connection).destroy())
         if not self._created.is_set():
