@@ -15,7 +15,7 @@ import pytest
 
 from common.errors import PlatformFailed, Unavailable
 from host_agent.hypervisors import attach
-from host_agent.hypervisors.attach import AttachDefinition, expect, sweep_up
+from host_agent.hypervisors.attach import AttachDefinition, expect, find_again, sweep_up
 from host_agent.hypervisors.base import Machine, MachineId, StartOrder, Trace
 from host_agent.hypervisors.monitored import QemuSettings
 from host_agent.hypervisors.process import boot_id
@@ -116,6 +116,26 @@ async def test_a_pid_that_was_used_again_meanwhile_is_not_the_machine(monkeypatc
         await here.machine.wait_ready()
         assert here.machine.identity is not None
         assert here.machine.identity.pid == pid
+
+
+@pytest.mark.parametrize("state", ["there", "gone", "of-another-launch", "never-prepared"])
+async def test_a_machine_is_waited_for_again_only_while_its_file_is_there(state: str) -> None:
+    async with place() as here:
+        file, folder = here.stage.inputs / "launch.cfg", here.stage.root / "launch"
+        launch = UUID(file.read_text().split()[3])
+        if state == "gone":
+            file.unlink()
+        elif state == "never-prepared":
+            (folder / "inputs").unlink()
+        asked_for = uuid4() if state == "of-another-launch" else launch
+        found = find_again(Trace(launch=asked_for, guest="web", driver="attach", folder=folder, identity=None), QUICK)
+        assert (found is not None) == (state == "there")
+        if found is not None:
+            pid = await here.come()
+            await found.wait_ready()
+            await found.end()
+            assert not alive(pid)
+            found.close()
 
 
 @contextmanager
