@@ -8,7 +8,7 @@ HELP = "run the software SEV platform"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add `serve`, `qemu`, `firmware` and `show`."""
+    """Add `serve`, `qemu`, `run`, `firmware` and `show`."""
     from emulator import cli
 
     cli.add_arguments(parser)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -65,7 +66,9 @@ def started(platform: Platform, *program: str) -> Iterator[subprocess.Popen[str]
 
 
 def line(process: subprocess.Popen[str]) -> str:
+    """The next line that it prints. One at a time is printed, so that none waits in a buffer of ours."""
     assert process.stdout is not None
+    assert select.select([process.stdout], [], [], TIMEOUT)[0], "nothing was printed"
     return process.stdout.readline()
 
 
@@ -181,7 +184,8 @@ def test_what_a_program_leaves_behind_is_served_and_waited_for(platform: Platfor
         "import os, sys; print(os.getpid(), flush=True); sys.stdin.readline(); "
         "open('/dev/sev').close(); print('served', flush=True)"
     )
-    script = f'{sys.executable} -c "{left}" <&0 & exit 6'
+    # dash gives what goes on in the background /dev/null as its standard input, and `<&0` is that already.
+    script = f'exec 3<&0; {sys.executable} -c "{left}" <&3 3<&- & exit 6'
     with started(platform, SHELL, "-c", script) as process:
         orphan = int(line(process))
         wait_until(lambda: children(process.pid) == [orphan])
