@@ -30,6 +30,8 @@ from host_agent.hypervisors.monitored import QemuSettings
 from host_agent.hypervisors.proxmox_line import check_line
 
 STARTING = "starting"
+# The agent's files are its own only (umask 077); qm makes folders on its way, for tasks' logs, that others read.
+_AS_AN_ADMINISTRATOR = ("/bin/sh", "-c", 'umask 022 && exec "$@"', "sh")
 _LINE_MAX = 1 << 20  # bytes of a command line; the kernel's own limit is some 2 MiB
 
 
@@ -84,7 +86,7 @@ class ProxmoxHypervisor(Guests[ProxmoxDefinition]):
             firmware=definition.firmware,
             monitor=monitor,
             inputs=inputs,
-            start=() if is_starting(inputs) else (str(proxmox.qm), "start", str(vmid)),
+            start=() if is_starting(inputs) else (*_AS_AN_ADMINISTRATOR, str(proxmox.qm), "start", str(vmid)),
         )
         return await expect(place, order, self._settings)
 

@@ -193,6 +193,9 @@ async def test_a_guest_that_is_launched_at_the_agent_is_started_by_the_agent(hos
     assert host.pid is not None
     assert host.tasks[:2] == ["pre-start", "kvm"]
     assert host.calls == ["showcmd", "start"]
+    # What qm makes is for others as well, though the agent's own files are not.
+    assert (host.stage.pve / "tasks").stat().st_mode & 0o777 == 0o644
+    assert host.stage.settings.run.joinpath(str(host.stage.vmid)).stat().st_mode & 0o777 == 0o700
     await both.end(outcome)
     assert host.pid is None
 
