@@ -18,6 +18,7 @@ Keys of the script:
     report     answer to query-sev-attestation-report, base64
     on         command -> list of actions, one for each time that it comes; then it is done as usual
 Actions: {do: …, effect: whether the command takes effect first}
+    (in a text, $ID is the command's id)
     error {desc}, close, cut, die {stderr}, silence, events {count}, wrong_id, text {text}, long {size}, deep, split,
     twice, wait {file}
 """
@@ -148,7 +149,7 @@ class FakeQemu:
             case "wrong_id":
                 self._send(client, {**reply, "id": "somebody-else"})
             case "text":
-                client.sendall(action["text"].encode() + b"\r\n")
+                client.sendall(action["text"].replace("$ID", str(number)).encode() + b"\r\n")
             case "long":
                 self._send(client, {**reply, "return": "x" * action["size"]})
             case "deep":

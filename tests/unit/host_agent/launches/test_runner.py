@@ -236,6 +236,7 @@ class TestStartLaunch:
             "start: machine written down",
             "start: machine released",
             "start: machine checked",
+            "start: paused",
             "start: done",
         ]
 
@@ -513,7 +514,7 @@ class TestResumeGuest:
     async def test_a_machine_that_says_yes_and_stands_still_stays_injected(self, agent: Rig) -> None:
         launch = await agent.up_to(S.INJECTED)
         agent.script.set(on={"cont": [{"do": "wrong_id"}]}, run={"running": False, "status": "paused"})
-        agent.script.set(on={"cont": [{"do": "text", "text": json.dumps({"return": {}, "id": "__qmp#00000"})}]})
+        agent.script.set(on={"cont": [{"do": "text", "text": json.dumps({"return": {}, "id": "$ID"})}]})
         with pytest.raises(PlatformFailed, match="still paused"):
             await agent.runner.resume(ALICE, launch.launch_id, uuid4())
         assert agent.now(launch).state is S.INJECTED
