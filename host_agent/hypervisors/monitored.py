@@ -25,7 +25,7 @@ class QemuSettings:
 
     Attributes:
         cbitpos: position of the encryption bit in guest page tables (CPUID 8000001F, EBX 5:0).
-        reduced_phys_bits: physical address bits that encryption costs (EBX 11:6).
+        reduced_phys_bits: what QEMU is told of the address bits that encryption costs; it refuses 0.
         start_timeout: seconds from the machine's start to its monitor's first answer.
         command_timeout: seconds that one monitor command may take.
         stop_timeout: seconds between SIGTERM and SIGKILL.
