@@ -78,7 +78,7 @@ class QemuTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     Attributes:
         cbitpos: position of the encryption bit, CPUID 8000001F EBX 5:0 (Naples, Rome 47; Milan 51).
-        reduced_phys_bits: what QEMU is told of the address bits that encryption costs; it refuses 0 and uses no more of it.
+        reduced_phys_bits: what QEMU is told of the address bits that encryption costs; it refuses 0.
         start_timeout: seconds from the program's start to its monitor's greeting.
         command_timeout: seconds that one monitor command may take.
         stop_timeout: seconds between SIGTERM and SIGKILL.
