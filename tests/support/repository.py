@@ -24,7 +24,7 @@ from hatch_build import generate  # noqa: E402  -- the path must be set first
 # Written so that these patterns do not find themselves.
 _INDEX_OPTION = re.compile(r"^--(extra-)?index-url|^--find-links", re.MULTILINE)
 _INDEX_ADDRESS = re.compile(r"https?://[^\s/]*(py" + r"pi|pythonhosted|registry|mirror)")
-_MACHINE = re.compile(r"/(home/[a-z]|ro" + r"ot/|wo" + r"rk/|Users/[A-Za-z])")
+_MACHINE = re.compile(r"(?<!/proc/self)/(home/[a-z]|ro" + r"ot/|wo" + r"rk/|Users/[A-Za-z])")
 
 
 def _tracked() -> list[Path]:
