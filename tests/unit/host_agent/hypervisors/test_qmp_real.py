@@ -133,7 +133,7 @@ async def test_a_second_client_hears_nothing_and_is_told_so_in_time(
     machine: tuple[Path, subprocess.Popen[bytes]],
 ) -> None:
     async with patient(machine[0]) as session:
-        with pytest.raises(Unavailable, match="does not greet|closed before its greeting"):
+        with pytest.raises(Unavailable, match=r"does not greet|closed before its greeting"):
             async with monitor(machine[0], SOCKET, limit=SHORT):
                 pass
         # The one that gave up did not disturb the one that is there.
