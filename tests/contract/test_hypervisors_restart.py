@@ -130,7 +130,7 @@ async def test_an_agent_that_died_while_its_machine_came_up_goes_on_with_it(
                     # libvirt was not asked yet.
                     assert launch.state is S.FAILED
                 else:
-                    assert launch.state is S.PAUSED
+                    assert launch.state is S.PAUSED, launch.failure
                     # The same request again is answered, and starts no second machine.
                     assert (await second.runner.start(ALICE, order)).state is S.PAUSED
                     assert len(act.stage.machines()) == 1

@@ -238,7 +238,9 @@ class ProxmoxStage(Stage):
         return ProxmoxSettings(qm=self.root / "qm", run=self.root / "run", monitors=self.pve)
 
     def hypervisor(self, settings: QemuSettings) -> Hypervisor:
-        self.set_up()
+        # Once: the next run of an agent comes while a `qm start` of the last one may be reading these files.
+        if not self.settings.qm.exists():
+            self.set_up()
         definition = ProxmoxDefinition(firmware=self.firmware, vmid=self.vmid)
         return ProxmoxHypervisor({GUEST: definition}, settings, self.settings)
 

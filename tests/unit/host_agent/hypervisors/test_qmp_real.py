@@ -56,13 +56,13 @@ def machine(qemu: str) -> Iterator[tuple[Path, subprocess.Popen[bytes]]]:
 
 
 @asynccontextmanager
-async def patient(folder: Path) -> AsyncIterator[MonitorSession]:
+async def patient(folder: Path, *, listener: int | None = None) -> AsyncIterator[MonitorSession]:
     """A monitor, asked again as the agent does: QEMU may reset who comes while the client before is still leaving."""
     ends = asyncio.get_running_loop().time() + LONG
     async with AsyncExitStack() as stack:
         while True:
             try:
-                session = await stack.enter_async_context(monitor(folder, SOCKET, limit=LONG))
+                session = await stack.enter_async_context(monitor(folder, SOCKET, limit=LONG, listener=listener))
                 break
             except Unavailable:
                 if asyncio.get_running_loop().time() > ends:
@@ -146,7 +146,7 @@ async def test_who_listens_is_known_without_a_word(machine: tuple[Path, subproce
     folder, process = machine
     assert await listening_pid(folder, SOCKET, limit=LONG) == process.pid
     assert await is_taken(folder, SOCKET)
-    async with monitor(folder, SOCKET, limit=LONG, listener=process.pid) as session:
+    async with patient(folder, listener=process.pid) as session:
         # Also while another client has it.
         assert await listening_pid(folder, SOCKET, limit=LONG) == process.pid
         assert isinstance(await session.execute("query-status"), dict)
@@ -162,7 +162,7 @@ async def test_a_machine_that_stands_still_is_given_up_in_time_and_its_late_answ
     machine: tuple[Path, subprocess.Popen[bytes]], command: str, kind: type[Exception]
 ) -> None:
     folder, process = machine
-    async with monitor(folder, SOCKET, limit=LONG) as session:
+    async with patient(folder) as session:
         session._limit = SHORT
         os.kill(process.pid, signal.SIGSTOP)
         began = asyncio.get_running_loop().time()
@@ -170,7 +170,7 @@ async def test_a_machine_that_stands_still_is_given_up_in_time_and_its_late_answ
             await session.execute(command)
         assert asyncio.get_running_loop().time() - began < SHORT + 1
     os.kill(process.pid, signal.SIGCONT)
-    async with monitor(folder, SOCKET, limit=LONG) as session:
+    async with patient(folder) as session:
         assert isinstance(await session.execute("query-sev"), dict)
 
 
@@ -181,7 +181,7 @@ async def test_a_machine_that_is_killed_under_a_command_is_no_answer(
     machine: tuple[Path, subprocess.Popen[bytes]], command: str, kind: type[Exception]
 ) -> None:
     folder, process = machine
-    async with monitor(folder, SOCKET, limit=LONG) as session:
+    async with patient(folder) as session:
         os.kill(process.pid, signal.SIGSTOP)
         step = asyncio.create_task(session.execute(command))
         await until(session._client._outgoing.empty)
@@ -203,7 +203,7 @@ async def test_a_machine_that_ends_is_the_end_of_the_connection_and_no_other_err
 ) -> None:
     # A client whose last line QEMU has not read gets ECONNRESET, mostly; another one the end of the file.
     folder, process = machine
-    async with monitor(folder, SOCKET, limit=LONG) as session:
+    async with patient(folder) as session:
         os.kill(process.pid, signal.SIGTERM)
         with pytest.raises(Unavailable):
             await _ask_until_it_ends(session)
@@ -221,7 +221,7 @@ async def test_a_thousand_connections_leave_no_descriptor_no_thread_and_no_task(
     machine: tuple[Path, subprocess.Popen[bytes]],
 ) -> None:
     folder, process = machine
-    async with monitor(folder, SOCKET, limit=LONG):
+    async with patient(folder):
         pass
 
     def held() -> tuple[int, int, int]:
@@ -230,7 +230,7 @@ async def test_a_thousand_connections_leave_no_descriptor_no_thread_and_no_task(
     before = held()
     its = descriptors_of(process.pid)
     for number in range(1000):
-        async with monitor(folder, SOCKET, limit=LONG) as session:
+        async with patient(folder) as session:
             if number % 2:
                 await session.execute("query-status")
             else:
