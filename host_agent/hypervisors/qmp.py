@@ -7,6 +7,8 @@ nothing), a bound on lines, a check of who listens, and the difference between "
 
 A connection lives for one step and is never used again after anything went wrong with it. Facts about QEMU's behaviour
 come from runs of QEMU 7.2 and 10.0; when QEMU exits, its client may see ECONNRESET where it expects the end of file.
+While a client is still leaving, the next one may be sent away, or greeted and then not heard (about one in five hundred
+that follow at once). Nothing of ours was said by then, so whoever comes begins again.
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ IRREVERSIBLE = frozenset({"sev-inject-launch-secret", "cont"})
 
 _LINE_MAX = 1 << 20  # bytes; the longest answer to a command of ours is some 500
 _DISCONNECT = 5.0  # seconds for the library to let go of a closed socket
-_RETRY = 0.02  # seconds between attempts on a socket with a full backlog
+_RETRY = 0.02  # seconds between attempts on a socket with a full backlog, or whose monitor sent us away
+_ATTEMPTS_MAX = 5  # to be greeted; each may take twice as long as the last, and the last one all that is left
+_FIRST_ATTEMPT = 1.0  # seconds
 _RUN, _NUMBERS = secrets.token_hex(8), count()  # make a command's id; not even two runs of the agent share one
 _PEERCRED = struct.Struct("iii")  # struct ucred: pid, uid, gid
 
@@ -112,25 +116,51 @@ async def monitor(
     Raises:
         Unavailable: nobody greets; nothing was sent.
     """
-    connection, _ = await _reached(folder, name, limit, listener)
-    client = _Client(readbuflen=_LINE_MAX)
-    # Nobody reads events here, and a machine can send them without end.
-    client.events.event_filter = _no_event
+    client, connection = await _greeted(folder, name, limit, listener)
     session = MonitorSession(client, limit)
     try:
-        await _greet(client, connection, limit)
         yield session
         session_failed = session.broken
     except BaseException:
         session_failed = True
         raise
     finally:
-        if session_failed:
-            # Ends both directions: the library must not wait until a peer that hangs has read the rest.
-            with suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-        await _disconnect(client)
-        connection.close()
+        await _leave(client, connection, politely=not session_failed)
+
+
+async def _greeted(folder: Path, name: str, limit: float, listener: int | None) -> tuple[_Client, socket.socket]:
+    """A client that was greeted and has negotiated, and its socket."""
+    clock = asyncio.get_running_loop().time
+    ends = clock() + limit
+    for attempt in range(_ATTEMPTS_MAX):
+        connection, _ = await _reached(folder, name, ends - clock(), listener)
+        client = _Client(readbuflen=_LINE_MAX)
+        # Nobody reads events here, and a machine can send them without end.
+        client.events.event_filter = _no_event
+        left = ends - clock()
+        is_last = attempt == _ATTEMPTS_MAX - 1
+        try:
+            await _greet(client, connection, left if is_last else min(left, _FIRST_ATTEMPT * 2**attempt))
+        except Unavailable:
+            await _leave(client, connection, politely=False)
+            if is_last or ends - clock() <= _RETRY:
+                raise
+            await asyncio.sleep(_RETRY)
+        except BaseException:
+            await _leave(client, connection, politely=False)
+            raise
+        else:
+            return client, connection
+    raise AssertionError  # the last attempt returns or raises
+
+
+async def _leave(client: _Client, connection: socket.socket, *, politely: bool) -> None:
+    if not politely:
+        # Ends both directions: the library must not wait until a peer that hangs has read the rest.
+        with suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
+    await _disconnect(client)
+    connection.close()
 
 
 def _no_event(_event: object) -> bool:

@@ -214,6 +214,55 @@ async def test_a_monitor_that_does_not_greet_is_unavailable(qemu: Script, mute: 
             pass
 
 
+@asynccontextmanager
+async def a_monitor_that_loses_clients(folder: Path, losses: list[str]) -> AsyncIterator[list[str]]:
+    """A monitor as QEMU's is while a client is still leaving, one loss after the other; then an honest one."""
+    heard: list[str] = []
+    lost = iter(losses)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        loss = next(lost, "none")
+        if loss != "sent away":
+            writer.write(json.dumps(GREETING).encode() + b"\n")
+        decoder, text = json.JSONDecoder(), ""
+        while loss != "sent away" and (part := await reader.read(4096)):
+            if loss == "not heard":
+                continue
+            request, end = decoder.raw_decode(text := (text + part.decode()).lstrip())
+            text = text[end:]
+            heard.append(request["execute"])
+            name = {"id": request["id"]} if "id" in request else {}  # the library's negotiation has none
+            writer.write(json.dumps({"return": {}, **name}).encode() + b"\n")
+        writer.close()
+
+    async with await asyncio.start_unix_server(serve, folder / "q"):
+        yield heard
+
+
+@pytest.mark.parametrize(
+    "losses", [["sent away"], ["not heard"], ["sent away", "not heard", "sent away"], ["sent away"] * 4]
+)
+async def test_a_client_that_is_lost_behind_the_one_before_begins_again(losses: list[str]) -> None:
+    before = open_descriptors()
+    with short_folder() as folder:
+        async with a_monitor_that_loses_clients(folder, losses) as heard, monitor(folder, "q", limit=LONG) as connected:
+            assert await connected.execute("cont") == {}
+        assert heard == ["qmp_capabilities", "cont"]
+    assert open_descriptors() == before
+
+
+async def test_one_that_is_always_lost_is_told_so_and_has_said_nothing() -> None:
+    with short_folder() as folder:
+        async with a_monitor_that_loses_clients(folder, ["sent away"] * 100) as heard:
+            with pytest.raises(Unavailable, match="closed before its greeting"):
+                async with monitor(folder, "q", limit=LONG):
+                    pass
+            with pytest.raises(Unavailable):
+                async with monitor(folder, "q", limit=SHORT):
+                    pass
+        assert heard == []
+
+
 async def test_a_second_client_is_told_in_time_that_it_hears_nothing(qemu: Script) -> None:
     async with session(qemu):
         with pytest.raises(Unavailable, match="does not greet"):
