@@ -1,4 +1,4 @@
-"""`sev-host-agent serve | check-config | health | doctor | selftest`: the agent's command line.
+"""`sev-host-agent serve | check-config | health | doctor | selftest | proxmox-hookscript`: the agent's command line.
 
 Errors go to stderr as `sev-host-agent: sentence`; exit codes as everywhere: 0 done, 2 usage or bad configuration,
 3 not ready or failed.
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from common.command import Parser, run_command
 from host_agent.doctor import cli as doctor
+from host_agent.hookscript import cli as hookscript
 from host_agent.selftest import cli as selftest
 
 PROGRAM = "sev-host-agent"
@@ -47,6 +48,7 @@ def _parser() -> Parser:
     for name, add_arguments, text in (
         ("doctor", doctor.add_arguments, "say whether guests can be launched on this host, and what to do if not"),
         ("selftest", selftest.add_arguments, "launch a guest paused, as its owner would, and check every step"),
+        ("proxmox-hookscript", hookscript.add_arguments, "print or install Proxmox VE's hookscript"),
     ):
         add_arguments(commands.add_parser(name, help=text, description=text))
     return parser

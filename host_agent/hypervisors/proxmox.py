@@ -4,7 +4,7 @@ One line in the machine's configuration makes it an attested guest, and never ch
 `args: -readconfig RUN/VMID/launch.cfg`, beside `freeze: 1`. The rest is `attach.py`.
 
 There are two ways to a launch. Somebody launches the guest at the agent: then the agent runs `qm start`. Or somebody
-starts the machine (GUI, API, autostart): then the hookscript of deploy/proxmox/ asks for the launch in its phase
+starts the machine (GUI, API, autostart): then the hookscript (host_agent/hookscript/) asks for the launch in its phase
 pre-start, and `qm start` is under way already and holds the machine's configuration lock, so the agent must not run
 another one. The hookscript says so by a lock on RUN/VMID/starting, which the kernel lets go of when the hook ends.
 """

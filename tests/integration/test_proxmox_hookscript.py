@@ -27,7 +27,7 @@ from tests.support.stack import Sides, order, running_stack, sides
 from tests.support.stages import ProxmoxStage
 
 pytestmark = pytest.mark.slow
-HOOK = REPOSITORY / "deploy" / "proxmox" / "sevattest-hookscript"
+HOOK = REPOSITORY / "host_agent" / "hookscript" / "sevattest-hookscript"
 VM = "vm"
 
 

@@ -22,7 +22,7 @@ from host_agent.hypervisors.proxmox import is_starting
 from tests.support.agent import alive
 from tests.support.machine_kinds import REPOSITORY
 
-HOOK = REPOSITORY / "deploy" / "proxmox" / "sevattest-hookscript"
+HOOK = REPOSITORY / "host_agent" / "hookscript" / "sevattest-hookscript"
 VMID = "100"
 SHELLS = [shell for shell in ("sh", "dash") if shutil.which(shell)]
 # A launch that has written the file, as the agent does for it, and goes on until it is told to end.
