@@ -72,6 +72,21 @@ class Reason(StrEnum):
     HYPERVISOR_FAILED = "HYPERVISOR_FAILED"
     INTERNAL = "INTERNAL"
     OUTCOME_UNKNOWN = "OUTCOME_UNKNOWN"
+    GRANT_REQUIRED = "GRANT_REQUIRED"
+    GRANT_SUSPENDED = "GRANT_SUSPENDED"
+    GRANT_EXPIRED = "GRANT_EXPIRED"
+    GRANT_NOT_YET_VALID = "GRANT_NOT_YET_VALID"
+    GRANT_EXHAUSTED = "GRANT_EXHAUSTED"
+    GRANT_BUSY = "GRANT_BUSY"
+    GRANT_RATE_LIMITED = "GRANT_RATE_LIMITED"
+    GRANT_AMBIGUOUS = "GRANT_AMBIGUOUS"
+    HOST_NOT_IN_POOL = "HOST_NOT_IN_POOL"
+    HOST_NOT_FOR_CALLER = "HOST_NOT_FOR_CALLER"
+    PLATFORM_OWNER_NOT_ALLOWED = "PLATFORM_OWNER_NOT_ALLOWED"
+    REVOKED = "REVOKED"
+    PDH_PREDATES_FIRMWARE = "PDH_PREDATES_FIRMWARE"
+    KEY_UNAVAILABLE = "KEY_UNAVAILABLE"
+    DOCUMENT_CONFLICT = "DOCUMENT_CONFLICT"
 
 
 class SevattestError(Exception):
@@ -110,6 +125,7 @@ class InvalidInput(SevattestError):
             Reason.REQUEST_ID_REUSED,
             Reason.DEADLINE_REQUIRED,
             Reason.INVALID_CONFIGURATION,
+            Reason.GRANT_AMBIGUOUS,
         }
     )
     exit_code = 2
@@ -149,6 +165,16 @@ class Refused(SevattestError):
             Reason.FIRMWARE_BAD_MEASUREMENT,
             Reason.FIRMWARE_POLICY_FAILURE,
             Reason.FIRMWARE_BAD_SIGNATURE,
+            Reason.GRANT_REQUIRED,
+            Reason.GRANT_SUSPENDED,
+            Reason.GRANT_EXPIRED,
+            Reason.GRANT_NOT_YET_VALID,
+            Reason.GRANT_EXHAUSTED,
+            Reason.HOST_NOT_IN_POOL,
+            Reason.HOST_NOT_FOR_CALLER,
+            Reason.PLATFORM_OWNER_NOT_ALLOWED,
+            Reason.REVOKED,
+            Reason.PDH_PREDATES_FIRMWARE,
         }
     )
     exit_code = 1
@@ -172,6 +198,7 @@ class WrongState(SevattestError):
             Reason.SECRET_TOO_LARGE,
             Reason.PACKET_DIFFERS,
             Reason.CLOCK_SKEW,
+            Reason.DOCUMENT_CONFLICT,
         }
     )
     exit_code = 1
@@ -180,7 +207,9 @@ class WrongState(SevattestError):
 class LimitExceeded(SevattestError):
     """The caller asks for too much at once."""
 
-    reasons = frozenset({Reason.TOO_MANY_REQUESTS, Reason.TOO_MANY_LAUNCHES})
+    reasons = frozenset(
+        {Reason.TOO_MANY_REQUESTS, Reason.TOO_MANY_LAUNCHES, Reason.GRANT_BUSY, Reason.GRANT_RATE_LIMITED}
+    )
 
 
 class Unavailable(SevattestError):
@@ -193,6 +222,7 @@ class Unavailable(SevattestError):
             Reason.SECRET_UNAVAILABLE,
             Reason.STORE_UNAVAILABLE,
             Reason.PLATFORM_UNAVAILABLE,
+            Reason.KEY_UNAVAILABLE,
         }
     )
 

@@ -39,7 +39,7 @@ from verifier.launches.reports import ReportVerifier
 from verifier.launches.timekeeper import Timekeeper
 from verifier.library.library import Library
 from verifier.secrets.file import FileSecrets
-from verifier.store.base import AuditRow
+from verifier.store.rows import AuditRow
 from verifier.store.sqlite import SqliteStore, read_audit
 from verifier.store.sqlite_file import FILE_NAME
 

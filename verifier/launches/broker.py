@@ -46,7 +46,7 @@ from verifier.launches.steps import (
     unknown_launch,
 )
 from verifier.library.library import Prepared
-from verifier.store.base import LaunchRow, Move, Opening, Outcome, RequestKey, RequestRow, SealedKeys
+from verifier.store.rows import LaunchRow, Move, Opening, Outcome, RequestKey, RequestRow, SealedKeys
 
 _SWEEP_MAX = 500  # launches that one sweep ends, so that no transaction waits long behind it
 

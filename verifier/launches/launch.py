@@ -10,7 +10,7 @@ from uuid import UUID
 from common.errors import Reason
 from common.sev.measurement import FirmwareVersion, MeasurementBlob
 from verifier.launches.state import State
-from verifier.store.base import LaunchRow
+from verifier.store.rows import LaunchRow
 
 
 @dataclass(frozen=True, kw_only=True)

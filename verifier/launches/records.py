@@ -17,7 +17,7 @@ import msgspec
 from common.errors import Reason
 from common.telemetry.log import Log
 from verifier.appraisal.evidence import Finding
-from verifier.store.base import AuditRow
+from verifier.store.rows import AuditRow
 
 
 class AuditEvent(StrEnum):

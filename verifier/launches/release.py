@@ -51,7 +51,7 @@ from verifier.launches.steps import (
     unknown_launch,
 )
 from verifier.secrets.release import LISTED, NOT_MEASURED, build_packet, generated_secrets, write_receipt
-from verifier.store.base import LaunchRow, Move, Outcome, Packet, RequestKey, RequestRow
+from verifier.store.rows import LaunchRow, Move, Outcome, Packet, RequestKey, RequestRow
 
 REPEATS = timedelta(hours=24)
 # A search takes about a second of one core; whoever waits longer for its turn is recorded without one.

@@ -10,7 +10,7 @@ from common.sev.abi import PACKET_MAX_SIZE
 from verifier.launches.dependencies import Dependencies
 from verifier.launches.records import AuditEvent
 from verifier.launches.state import Event, State, after
-from verifier.store.base import LaunchRow, Move, Outcome
+from verifier.store.rows import LaunchRow, Move, Outcome
 
 # Scopes of request ids, stored: they are for ever.
 BEGIN, RELEASE, ABANDON = "BeginLaunch", "ReleaseSecret", "AbandonLaunch"

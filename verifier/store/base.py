@@ -1,202 +1,39 @@
-"""What the verifier asks of a store, and the rows that go in and out.
+"""What the verifier asks of a store.
 
-A store keeps launches, the requests that made them move, what was frozen for them, and the audit records. It judges
-nothing: states are text that `verifier.launches.state` gives a meaning to, and sealed keys are bytes that only
-`verifier.keys` can open. Each method is one transaction, durable when it returns. Every failure of the store itself is
-`Unavailable(STORE_UNAVAILABLE)`: the transaction was kept as a whole or not at all, and not at all unless the disk
-failed in the very commit. Whoever repeats the request finds out.
+A store keeps launches, the requests that made them move, what was frozen for them, how far grants are spent, the
+owner's documents and secrets, and the audit log. It judges nothing. Each method is one transaction, durable when it
+returns. Every failure of the store itself is `Unavailable(STORE_UNAVAILABLE)`: the transaction was kept as a whole or
+not at all, and not at all unless the disk or the link failed in the very commit. Whoever repeats the request finds out.
 
-The embedded store is `verifier.store.sqlite`; a store for replicas implements the same Protocol, which is why a move is
-a compare-and-set that says what it expects, and never a read followed by a write.
+Several processes may share a store (replicas over PostgreSQL). So a move is a compare-and-set that says what it
+expects, and never a read followed by a write; and what was judged by the owner's documents says by which revision of
+them: a transaction that comes after the documents changed is not carried out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from datetime import datetime
-from enum import Enum
 from typing import Protocol
 from uuid import UUID
 
-
-@dataclass(frozen=True, kw_only=True)
-class RequestKey:
-    """A request id in the scope that it is unique in: one caller, one method."""
-
-    caller: str
-    method: str
-    request_id: UUID
-
-
-@dataclass(frozen=True, kw_only=True)
-class RequestRow:
-    """A request that changed something.
-
-    Attributes:
-        key: who asked, what, under which id.
-        content: SHA-256 of what was asked, 32 bytes.
-        launch_id: the launch that it changed.
-    """
-
-    key: RequestKey
-    content: bytes
-    launch_id: UUID
-
-
-@dataclass(frozen=True, kw_only=True)
-class AuditRow:
-    """One audit record.
-
-    Attributes:
-        audit_id: its id, which refusals carry.
-        time: when it was written.
-        event: what happened, for example `launch.released`.
-        launch_id: the launch, where there is one.
-        caller: who asked, as a SPIFFE id; None for what the verifier does by itself.
-        reason: the reason's name, where the event is a refusal.
-        body: everything else, as a JSON object, without secrets.
-    """
-
-    audit_id: UUID
-    time: datetime
-    event: str
-    launch_id: UUID | None
-    caller: str | None
-    reason: str | None
-    body: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class SealedKeys:
-    """TEK and TIK of an open launch, as `verifier.keys` sealed them."""
-
-    key_id: bytes
-    tek: bytes = field(repr=False)
-    tik: bytes = field(repr=False)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Packet:
-    """What was released: ciphertext for one guest, and the words that go with it.
-
-    Attributes:
-        header: 52 bytes.
-        payload: a multiple of 16 bytes.
-        receipt: the receipt, a JSON object.
-    """
-
-    header: bytes = field(repr=False)
-    payload: bytes = field(repr=False)
-    receipt: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class LaunchRow:
-    """One launch, as it is stored.
-
-    Attributes:
-        launch_id: a random UUID.
-        caller: the only caller that sees it, as a SPIFFE id.
-        state: a value of `verifier.launches.state.State`.
-        reason: why it ended early, a reason's name.
-        terms_id: SHA-256 of the terms that were frozen for it.
-        platform_id: SHA-256 of the verified chain (PDH, PEK, OCA, CEK) that it is bound to.
-        keys: TEK and TIK, sealed; None unless the launch is open.
-        end_time: when it reached a final state.
-        measurement: the measurement blob that decided, 48 bytes.
-        digest: the launch digest that it proved, 32 bytes; None unless the launch is released.
-        packet: what was released; None before, and again a day after.
-        audit_id: the audit record of how it ended.
-    """
-
-    launch_id: UUID
-    caller: str
-    state: str
-    reason: str | None = None
-    workload: str
-    workload_version: str
-    terms_id: bytes
-    platform_id: bytes
-    generation: str
-    fingerprint: str
-    policy: int
-    godh: bytes = field(repr=False)
-    session: bytes = field(repr=False)
-    pdh_fingerprint: bytes
-    keys: SealedKeys | None
-    create_time: datetime
-    expire_time: datetime
-    end_time: datetime | None = None
-    measurement: bytes | None = None
-    digest: bytes | None = None
-    packet: Packet | None = None
-    audit_id: UUID | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Opening:
-    """A new launch with all that comes into being with it.
-
-    Attributes:
-        launch: the launch.
-        terms: what was frozen for it; stored once for all launches that share it.
-        chain: the verified chain, 8336 bytes; stored once for all launches on that platform.
-        request: the request that opens it.
-        audit: the record of it.
-        open_cap: how many open launches its caller may have, this one included.
-    """
-
-    launch: LaunchRow
-    terms: bytes
-    chain: bytes
-    request: RequestRow
-    audit: AuditRow
-    open_cap: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Move:
-    """The end of a launch: a compare-and-set, the erasure of its keys and the audit record, in one transaction.
-
-    Attributes:
-        launch_id: the launch.
-        expected: the state that it must be in.
-        to: the state that it gets.
-        time: now; becomes the launch's end.
-        in_time: the launch must not have expired at `time`.
-        overdue: the launch must have expired at `time`.
-        reason: a reason's name, where the end is a refusal or the caller's claim.
-        measurement: the measurement blob that decided.
-        digest: the launch digest that it proved.
-        packet: what is released.
-        generated: a generated secret, sealed, for the owner to find again.
-        request: the request that asked for it; None for what the verifier does by itself.
-        audit: the record of it.
-    """
-
-    launch_id: UUID
-    expected: str
-    to: str
-    time: datetime
-    in_time: bool = False
-    overdue: bool = False
-    reason: str | None = None
-    measurement: bytes | None = None
-    digest: bytes | None = None
-    packet: Packet | None = None
-    generated: bytes | None = field(default=None, repr=False)
-    request: RequestRow | None = None
-    audit: AuditRow
-
-
-class Outcome(Enum):
-    """What became of a transaction that others may race for."""
-
-    DONE = "done"
-    LOST = "lost"  # the launch was not in the expected state, or its time was not as expected
-    REQUEST_TAKEN = "request taken"  # the request id is on file already
-    CAP_REACHED = "cap reached"
+from verifier.store.rows import (
+    AdminRequest,
+    AuditRow,
+    ChainedRecord,
+    Checkpoint,
+    DocumentRow,
+    LaunchFilter,
+    LaunchRow,
+    LedgerRow,
+    Move,
+    Opening,
+    Outcome,
+    RequestKey,
+    RequestRow,
+    SealedBlob,
+    StoredSecret,
+)
 
 
 class Store(Protocol):
@@ -223,27 +60,141 @@ class Store(Protocol):
         ...
 
     async def open_launch(self, opening: Opening) -> Outcome:
-        """Write a new launch down. `DONE`, `REQUEST_TAKEN` or `CAP_REACHED`; only the first changes anything."""
+        """Write a new launch down, and spend its grant.
+
+        Returns:
+            `DONE`, `REQUEST_TAKEN`, `CAP_REACHED` or `DOCUMENTS_CHANGED`; only the first changes anything.
+
+        Raises:
+            SevattestError: what the spending raises; nothing is changed.
+        """
         ...
 
     async def move(self, move: Move) -> Outcome:
-        """End a launch. `DONE`, `LOST` or `REQUEST_TAKEN`; only the first changes anything."""
+        """End a launch, and settle with its grant.
+
+        Returns:
+            `DONE`, `LOST`, `REQUEST_TAKEN` or `DOCUMENTS_CHANGED`; only the first changes anything.
+        """
         ...
 
     async def record(self, audit: AuditRow) -> None:
         """Write an audit record that belongs to no move."""
         ...
 
-    async def overdue(self, time: datetime, state: str, limit: int) -> Sequence[UUID]:
-        """Launches in `state` whose expiry is not after `time`, oldest first."""
+    async def overdue(self, time: datetime, state: str, limit: int, *, grant: str | None = None) -> Sequence[UUID]:
+        """Launches in `state` whose expiry is not after `time`, oldest first; of one grant where it is given."""
         ...
+
+    async def launches(self, which: LaunchFilter, *, before: UUID | None, limit: int) -> Sequence[LaunchRow]:
+        """Launches, newest first; a page after the launch `before`."""
+        ...
+
+    async def ledger(self, grant: str) -> LedgerRow:
+        """How far a grant is spent."""
+        ...
+
+    async def sighted(self, pdh_fingerprint: bytes) -> tuple[int, int, int] | None:
+        """The oldest firmware that a PDH was used under; None for one that was never sighted."""
+        ...
+
+    # The owner's documents, secrets and keys.
+
+    async def revision(self) -> int:
+        """Of the documents; grows with every change of them. 0 in a new store."""
+        ...
+
+    async def documents(self) -> tuple[int, Sequence[DocumentRow]]:
+        """All versions of all documents that were not deleted, and their revision."""
+        ...
+
+    async def admin_request(self, key: RequestKey) -> AdminRequest | None:
+        """The owner's request that was kept under `key`."""
+        ...
+
+    async def apply_document(self, document: DocumentRow, request: AdminRequest, audit: AuditRow) -> Outcome:
+        """Keep a version of a document.
+
+        Returns:
+            `DONE`, `UNCHANGED` (request kept, nothing else), `CONFLICT` or `REQUEST_TAKEN`.
+        """
+        ...
+
+    async def delete_document(self, kind: str, name: str, request: AdminRequest, audit: AuditRow) -> Outcome:
+        """Remove all versions of a document. `DONE`, `LOST` (there is none) or `REQUEST_TAKEN`."""
+        ...
+
+    async def put_secret(
+        self, name: str, seal: Callable[[int], bytes], size: int, request: AdminRequest, audit: AuditRow
+    ) -> tuple[Outcome, int]:
+        """Keep a new version of a secret.
+
+        Args:
+            name: its name.
+            seal: the sealed blob for the version that it gets.
+            size: bytes of the secret.
+            request: the request; its answer gets the member `version`.
+            audit: the record of it; its body gets the member `version`.
+
+        Returns:
+            `DONE` and the version, counted from 1 and never used twice for a name, or `REQUEST_TAKEN` and 0.
+        """
+        ...
+
+    async def secret(self, name: str, version: int | None) -> StoredSecret | None:
+        """One version of a secret, or the newest."""
+        ...
+
+    async def secrets(self, *, after: str, limit: int) -> Sequence[StoredSecret]:
+        """The newest version of each secret, by name; a page after the name `after`."""
+        ...
+
+    async def delete_secret(self, name: str, request: AdminRequest, audit: AuditRow) -> Outcome:
+        """Erase all versions of a secret. `DONE`, `LOST` (there is none) or `REQUEST_TAKEN`."""
+        ...
+
+    async def identity(self, name: str) -> bytes | None:
+        """A sealed key of the verifier's own, which all replicas share."""
+        ...
+
+    async def keep_identity(self, name: str, sealed: bytes) -> bytes:
+        """Keep a sealed key of the verifier's own, unless there is one; the one that is kept."""
+        ...
+
+    async def sealed_under_others(self, key_id: bytes, limit: int) -> Sequence[SealedBlob]:
+        """Sealed blobs under other keys than `key_id`."""
+        ...
+
+    async def reseal(self, place: tuple[str, ...], old: bytes, new: bytes) -> bool:
+        """Put another blob in place of `old`, if it is still there; whether it was."""
+        ...
+
+    # The audit log.
+
+    async def records(self, launch_id: UUID | None, *, after: int, limit: int) -> Sequence[ChainedRecord]:
+        """Audit records, oldest first, of one launch or all; a page after the number `after`."""
+        ...
+
+    async def head(self) -> tuple[int, bytes]:
+        """Number and hash of the last audit record; 0 and 32 zero bytes in a new store."""
+        ...
+
+    async def keep_checkpoint(self, checkpoint: Checkpoint) -> bool:
+        """Keep a checkpoint, unless there is one of its number; whether it was kept."""
+        ...
+
+    async def checkpoints(self, *, after: int, limit: int) -> Sequence[Checkpoint]:
+        """Checkpoints, oldest first; a page after the number `after`."""
+        ...
+
+    # The rest.
 
     async def measured_before(self, measurement: bytes, besides: UUID) -> UUID | None:
         """The first other launch that this very measurement blob decided."""
         ...
 
     async def sealing_keys(self) -> frozenset[bytes]:
-        """Ids of the keys under which TEKs and TIKs are sealed now."""
+        """Ids of the keys under which anything is sealed now."""
         ...
 
     async def erase_packets(self, before: datetime) -> int:

@@ -22,15 +22,7 @@ from uuid import UUID
 
 from common.errors import Reason, Unavailable
 from verifier.store import sqlite_file
-from verifier.store.base import (
-    AuditRow,
-    LaunchRow,
-    Move,
-    Opening,
-    Outcome,
-    RequestKey,
-    RequestRow,
-)
+from verifier.store.rows import AuditRow, LaunchRow, Move, Opening, Outcome, RequestKey, RequestRow
 from verifier.store.sqlite_rows import LAUNCH_COLUMNS, launch_of, stamp, time_of
 
 _T = TypeVar("_T")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
-from verifier.store.base import LaunchRow, Packet, SealedKeys
+from verifier.store.rows import LaunchRow, Packet, SealedKeys
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)

@@ -18,18 +18,8 @@ from uuid import UUID, uuid4
 import pytest
 
 from common.errors import InvalidInput, Reason, Unavailable
-from verifier.store.base import (
-    AuditRow,
-    LaunchRow,
-    Move,
-    Opening,
-    Outcome,
-    Packet,
-    RequestKey,
-    RequestRow,
-    SealedKeys,
-)
 from verifier.store.migrations import migrations
+from verifier.store.rows import AuditRow, LaunchRow, Move, Opening, Outcome, Packet, RequestKey, RequestRow, SealedKeys
 from verifier.store.sqlite import SqliteStore, read_audit
 from verifier.store.sqlite_file import FILE_NAME
 
