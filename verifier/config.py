@@ -44,6 +44,102 @@ class HealthConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     socket: Path
 
 
+class AdminConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[admin]`: the owner's own listener; without it nobody administers over the network.
+
+    Attributes:
+        listen: `HOST:PORT`; port 0 takes any that is free.
+        client_ca: PEM, the owner's CA.
+        trust_domain: the owner's.
+    """
+
+    listen: str
+    client_ca: Path
+    trust_domain: str
+
+
+class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[store]`: where replicas meet; without it, one SQLite file in `state_dir`.
+
+    Attributes:
+        postgres: a file that holds a PostgreSQL connection string (libpq's form), readable by its owner alone.
+        connections: to it from this process, 1 to 64.
+    """
+
+    postgres: Path
+    connections: int = 4
+
+    def __post_init__(self) -> None:
+        """Refuse what would serve nobody."""
+        if not 1 <= self.connections <= 64:
+            raise InvalidInput(Reason.INVALID_CONFIGURATION, "connections: must be 1 to 64")
+
+
+class Pkcs11Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[pkcs11]`: the token whose key the key files are wrapped with.
+
+    Attributes:
+        module: the token's library.
+        token: its label.
+        key: label of the AES key in it.
+        pin_file: holds the user PIN.
+        keep: seconds that an unwrapped key is kept in memory before the token is asked again, 1 to 86400.
+    """
+
+    module: Path
+    token: str
+    key: str
+    pin_file: Path
+    keep: float = 60.0
+
+    def __post_init__(self) -> None:
+        """Refuse what would ask the token all the time, or never."""
+        if not 1 <= self.keep <= 86_400:
+            raise InvalidInput(Reason.INVALID_CONFIGURATION, "keep: must be 1 to 86400")
+
+
+class VaultConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[vault]`: HashiCorp Vault or OpenBao, where workloads name secrets in it.
+
+    Attributes:
+        address: `https://HOST:PORT`.
+        token_file: holds the token, read anew for each request.
+        ca: PEM, the CA of its certificate; none takes the system's.
+        namespace: of the enterprise edition.
+        timeout: seconds that a request may take, 1 to 30.
+    """
+
+    address: str
+    token_file: Path
+    ca: Path | None = None
+    namespace: str | None = None
+    timeout: float = 5.0
+
+    def __post_init__(self) -> None:
+        """Refuse what would wait longer than a call may last."""
+        if not 1 <= self.timeout <= 30:
+            raise InvalidInput(Reason.INVALID_CONFIGURATION, "timeout: must be 1 to 30")
+
+
+class AuditConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[audit]`: when the log's head is signed.
+
+    Attributes:
+        checkpoint_records: after so many records, 1 to 1000000; looked at with each sweep.
+        checkpoint_interval: after so many seconds in which there was a record, 1 to 86400.
+    """
+
+    checkpoint_records: int = 1000
+    checkpoint_interval: float = 300.0
+
+    def __post_init__(self) -> None:
+        """Refuse what would sign nothing."""
+        if not 1 <= self.checkpoint_records <= 1_000_000:
+            raise InvalidInput(Reason.INVALID_CONFIGURATION, "checkpoint_records: must be 1 to 1000000")
+        if not 1 <= self.checkpoint_interval <= 86_400:
+            raise InvalidInput(Reason.INVALID_CONFIGURATION, "checkpoint_interval: must be 1 to 86400")
+
+
 class PlatformsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`[platforms]`: which chips are genuine and which are never accepted.
 
@@ -107,9 +203,15 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     Attributes:
         listen: `HOST:PORT`; port 0 takes any that is free.
         state_dir: where launches and audit records are kept.
-        documents: the folder of workload documents.
+        documents: the folder of documents that the owner keeps as files, and what relative paths start at.
         key_file: 32 bytes that seal what is stored; `sev-verifier keygen` makes one.
+        older_key_files: key files that only open what was sealed before.
         tls: see `TlsConfig`.
+        admin: see `AdminConfig`; without it, documents come from files alone.
+        store: see `StoreConfig`; without it, SQLite.
+        pkcs11: see `Pkcs11Config`; with it, key files are wrapped by a token.
+        vault: see `VaultConfig`.
+        audit: see `AuditConfig`.
         health: see `HealthConfig`.
         platforms: see `PlatformsConfig`.
         kds: see `KdsConfig`; without one, a platform whose CEK is unsigned is refused.
@@ -121,10 +223,27 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     documents: Path
     key_file: Path
     tls: TlsConfig
+    older_key_files: tuple[Path, ...] = ()
+    admin: AdminConfig | None = None
+    store: StoreConfig | None = None
+    pkcs11: Pkcs11Config | None = None
+    vault: VaultConfig | None = None
+    audit: AuditConfig = AuditConfig()
     health: HealthConfig | None = None
     platforms: PlatformsConfig = PlatformsConfig()
     kds: KdsConfig | None = None
     limits: LimitsConfig = LimitsConfig()
+
+    def admin_tls(self, admin: AdminConfig) -> ServerTls:
+        """The TLS settings as the owner's listener wants them."""
+        return ServerTls(
+            cert=self.tls.cert,
+            key=self.tls.key,
+            client_ca=admin.client_ca,
+            trust_domain=admin.trust_domain,
+            role=Role.VERIFIER,
+            callers=frozenset({Role.OWNER}),
+        )
 
     def server_tls(self) -> ServerTls:
         """The TLS settings as the listener wants them."""

@@ -32,6 +32,10 @@ class AuditEvent(StrEnum):
     EXPIRED = "launch.expired"
     REPORT_VERIFIED = "report.verified"
     REPORT_REFUSED = "report.refused"
+    DOCUMENT_APPLIED = "document.applied"
+    DOCUMENT_DELETED = "document.deleted"
+    SECRET_PUT = "secret.put"  # noqa: S105 -- an event's name
+    SECRET_DELETED = "secret.deleted"  # noqa: S105 -- an event's name
 
 
 _REFUSALS = frozenset(
