@@ -1,9 +1,9 @@
 """A sealing key from a file of 32 random bytes (the key-encryption key, KEK).
 
-Sealed blob: version u8 = 1 ‖ key id 8 ‖ nonce 12 ‖ AES-256-GCM ciphertext and tag. The row key is
-HKDF-SHA-256(KEK, info = "sevattest row" ‖ launch id ‖ column), so no key ever sees more than a few blobs and random
-nonces do not run out. Associated data: "sevattest" ‖ version ‖ key id ‖ launch id (16) ‖ column: who can write to the
-database can move no blob to another row, column or format.
+Sealed blob: version u8 = 1 ‖ key id 8 ‖ nonce 12 ‖ AES-256-GCM ciphertext and tag. Each place (`verifier.keys.base`)
+has a key of its own, HKDF-SHA-256(KEK, info = "sevattest row" ‖ place), so no key ever sees more than a few blobs and
+random nonces do not run out. Associated data: "sevattest" ‖ version ‖ key id ‖ place: who can write to the database
+can move no blob to another row, column or format.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from uuid import UUID
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives import hashes
@@ -59,30 +58,40 @@ class FileKey:
     def _derive(self, info: bytes) -> bytes:
         return HKDF(algorithm=hashes.SHA256(), length=32, salt=None, info=info).derive(self._kek)
 
-    def _row(self, launch_id: UUID, column: str) -> tuple[AESGCM, bytes]:
-        place = launch_id.bytes + column.encode("ascii")
+    def _place(self, place: bytes) -> tuple[AESGCM, bytes]:
         return (
             AESGCM(self._derive(b"sevattest row" + place)),
             b"sevattest" + bytes((_VERSION,)) + self._key_id + place,
         )
 
-    def seal(self, secret: bytes, *, launch_id: UUID, column: str) -> bytes:
+    def seal(self, secret: bytes, place: bytes) -> bytes:
         """See `SealingKey`."""
-        cipher, associated = self._row(launch_id, column)
+        cipher, associated = self._place(place)
         nonce = self._random(_NONCE_SIZE)
         return bytes((_VERSION,)) + self._key_id + nonce + cipher.encrypt(nonce, secret, associated)
 
-    def unseal(self, sealed: bytes, *, launch_id: UUID, column: str) -> bytes:
+    def unseal(self, sealed: bytes, place: bytes) -> bytes:
         """See `SealingKey`."""
-        if len(sealed) < _HEADER_SIZE + _TAG_SIZE or sealed[0] != _VERSION:
-            raise Unavailable(Reason.STORE_UNAVAILABLE, "a sealed key is not in a form that this version knows")
-        if sealed[1 : 1 + KEY_ID_SIZE] != self._key_id:
-            raise Unavailable(Reason.STORE_UNAVAILABLE, "a sealed key was sealed under another key file")
-        cipher, associated = self._row(launch_id, column)
+        if sealing_key_id(sealed) != self._key_id:
+            raise Unavailable(Reason.STORE_UNAVAILABLE, "a sealed secret was sealed under another key file")
+        cipher, associated = self._place(place)
         try:
             return cipher.decrypt(sealed[1 + KEY_ID_SIZE : _HEADER_SIZE], sealed[_HEADER_SIZE:], associated)
         except InvalidTag:
-            raise Unavailable(Reason.STORE_UNAVAILABLE, "a sealed key does not open: the store was changed") from None
+            raise Unavailable(
+                Reason.STORE_UNAVAILABLE, "a sealed secret does not open: the store was changed"
+            ) from None
+
+
+def sealing_key_id(sealed: bytes) -> bytes:
+    """The id of the key that a blob was sealed under, 8 bytes.
+
+    Raises:
+        Unavailable: the blob is in no form that this version knows (STORE_UNAVAILABLE).
+    """
+    if len(sealed) < _HEADER_SIZE + _TAG_SIZE or sealed[0] != _VERSION:
+        raise Unavailable(Reason.STORE_UNAVAILABLE, "a sealed secret is not in a form that this version knows")
+    return sealed[1 : 1 + KEY_ID_SIZE]
 
 
 _HINT = "sev-verifier keygen FILE makes a key file"

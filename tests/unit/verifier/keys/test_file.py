@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
+import hmac
 import os
 import stat
 from pathlib import Path
-from uuid import UUID, uuid4
+from uuid import UUID
 
 import pytest
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import AES
+from cryptography.hazmat.primitives.ciphers.modes import GCM
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.errors import InvalidInput, Unavailable
+from common.errors import InvalidInput, Reason, Unavailable
+from verifier.keys.base import identity_place, launch_place, secret_place
 from verifier.keys.file import FileKey, read_key_file, write_key_file
 
 KEK = bytes(range(32))
 LAUNCH = UUID(int=7)
+TEK = launch_place(LAUNCH, "tek")
+ELSEWHERE = (
+    launch_place(UUID(int=8), "tek"),
+    launch_place(LAUNCH, "tik"),
+    secret_place("tek", 7),
+    identity_place("tek"),
+)
+
+KNOWN = "01ac43c5b508f718284e4e4e4e4e4e4e4e4e4e4e4ee2b94c5065a2c07dd82c86af6f8d3a15cb103efc3dd2dc571ee76cc9131e21cc"
 
 
 def test_a_sealed_secret_opens_in_its_place() -> None:
     key = FileKey(KEK)
-    sealed = key.seal(b"sixteen bytes ..", launch_id=LAUNCH, column="tek")
-    assert key.unseal(sealed, launch_id=LAUNCH, column="tek") == b"sixteen bytes .."
+    sealed = key.seal(b"sixteen bytes ..", TEK)
+    assert key.unseal(sealed, TEK) == b"sixteen bytes .."
     assert b"sixteen" not in sealed
     assert sealed[0] == 1
     assert sealed[1:9] == key.key_id
@@ -29,36 +43,61 @@ def test_a_sealed_secret_opens_in_its_place() -> None:
 
 def test_the_same_secret_never_looks_the_same() -> None:
     key = FileKey(KEK)
-    assert len({key.seal(b"secret", launch_id=LAUNCH, column="tek") for _ in range(100)}) == 100
+    assert len({key.seal(b"secret", TEK) for _ in range(100)}) == 100
 
 
-@pytest.mark.parametrize(("launch_id", "column"), [(uuid4(), "tek"), (LAUNCH, "tik")])
-def test_a_sealed_secret_opens_nowhere_else(launch_id: UUID, column: str) -> None:
+def test_sealing_matches_the_formulas_written_out_once_more() -> None:
+    """HKDF as two HMACs (RFC 5869) and AES-256-GCM from the ciphers API: nothing of ours."""
+    sealed = FileKey(KEK, random=lambda size: b"N" * size).seal(b"sixteen bytes ..", TEK)
+    place = LAUNCH.bytes + b"tek"
+    key_id = hkdf(b"sevattest key id")[:8]
+    encryptor = Cipher(AES(hkdf(b"sevattest row" + place)), GCM(b"N" * 12)).encryptor()
+    encryptor.authenticate_additional_data(b"sevattest\x01" + key_id + place)
+    ciphertext = encryptor.update(b"sixteen bytes ..") + encryptor.finalize()
+    assert sealed == b"\x01" + key_id + b"N" * 12 + ciphertext + encryptor.tag
+    # Blobs are kept for years: this one was made by the first version that sealed.
+    assert sealed.hex() == KNOWN
+
+
+def hkdf(info: bytes) -> bytes:
+    """RFC 5869 with no salt, one block of output."""
+    key = hmac.digest(bytes(32), KEK, "sha256")
+    return hmac.digest(key, info + b"\x01", "sha256")
+
+
+@pytest.mark.parametrize("place", ELSEWHERE)
+def test_a_sealed_secret_opens_nowhere_else(place: bytes) -> None:
     key = FileKey(KEK)
-    sealed = key.seal(b"secret", launch_id=LAUNCH, column="tek")
-    with pytest.raises(Unavailable, match="does not open"):
-        key.unseal(sealed, launch_id=launch_id, column=column)
+    sealed = key.seal(b"secret", TEK)
+    with pytest.raises(Unavailable, match="does not open") as caught:
+        key.unseal(sealed, place)
+    assert caught.value.reason is Reason.STORE_UNAVAILABLE
+    assert key.unseal(sealed, TEK) == b"secret"
+
+
+def test_no_two_places_are_the_same() -> None:
+    assert len({TEK, *ELSEWHERE, secret_place("a", 1), secret_place("a", 2), secret_place("b", 1)}) == 8
 
 
 def test_another_key_is_named_as_such() -> None:
-    sealed = FileKey(KEK).seal(b"secret", launch_id=LAUNCH, column="tek")
+    sealed = FileKey(KEK).seal(b"secret", TEK)
     with pytest.raises(Unavailable, match="under another key file"):
-        FileKey(KEK[::-1]).unseal(sealed, launch_id=LAUNCH, column="tek")
+        FileKey(KEK[::-1]).unseal(sealed, TEK)
 
 
 @given(st.data())
 def test_any_changed_byte_is_found(data: st.DataObject) -> None:
     key = FileKey(KEK)
-    sealed = bytearray(key.seal(b"secret", launch_id=LAUNCH, column="tek"))
+    sealed = bytearray(key.seal(b"secret", TEK))
     sealed[data.draw(st.integers(0, len(sealed) - 1))] ^= data.draw(st.integers(1, 255))
     with pytest.raises(Unavailable):
-        key.unseal(bytes(sealed), launch_id=LAUNCH, column="tek")
+        key.unseal(bytes(sealed), TEK)
 
 
 @given(st.binary(max_size=80))
 def test_any_bytes_are_refused_and_nothing_else_is_raised(sealed: bytes) -> None:
     with pytest.raises(Unavailable):
-        FileKey(KEK).unseal(sealed, launch_id=LAUNCH, column="tek")
+        FileKey(KEK).unseal(sealed, TEK)
 
 
 def test_the_key_never_shows() -> None:

@@ -1,0 +1,86 @@
+"""What the verifier signs with, and what it hides chip ids behind. Both are the same for all its replicas."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
+
+from common.audit.jws import ALGORITHM, COORDINATE_SIZE, base64url, key_set, thumbprint
+
+PSEUDONYM_KEY_SIZE = 32
+_PSEUDONYM_SIZE = 16
+
+
+class Signer:
+    """Signs tokens with ES256: receipts and the audit log's checkpoints. `common.audit.jws` verifies them."""
+
+    def __init__(self, key: ec.EllipticCurvePrivateKey) -> None:
+        """Take over a private key on P-256.
+
+        Raises:
+            ValueError: it is on another curve.
+        """
+        if key.curve.name != ec.SECP256R1.name:
+            raise ValueError("ES256 wants a key on P-256")
+        self._key = key
+        self._kid = thumbprint(key.public_key())
+
+    @property
+    def kid(self) -> str:
+        """The public key's name: its thumbprint (RFC 7638), 43 characters."""
+        return self._kid
+
+    def __repr__(self) -> str:
+        return f"Signer({self._kid}, redacted)"
+
+    def sign(self, claims: Mapping[str, Any], *, typ: str) -> str:
+        """A compact JWS over the claims.
+
+        Args:
+            claims: JSON values without fractions.
+            typ: what kind of token it is, for its header.
+        """
+        header = {"alg": ALGORITHM, "kid": self._kid, "typ": typ}
+        text = ".".join(base64url(_json(part)) for part in (header, claims))
+        r, s = decode_dss_signature(self._key.sign(text.encode("ascii"), ec.ECDSA(hashes.SHA256())))
+        signature = r.to_bytes(COORDINATE_SIZE, "big") + s.to_bytes(COORDINATE_SIZE, "big")
+        return f"{text}.{base64url(signature)}"
+
+    def jwks(self) -> dict[str, Any]:
+        """The JWK set (RFC 7517) that verifies what this signs."""
+        return key_set([self._key.public_key()])
+
+
+class Pseudonyms:
+    """Names for chips and their keys that only the owner can tell apart from any others.
+
+    Chip ids and fingerprints are few enough to be guessed, so a plain hash would hide nothing.
+    """
+
+    def __init__(self, key: bytes) -> None:
+        """Take over the key.
+
+        Raises:
+            ValueError: it has not 32 bytes.
+        """
+        if len(key) != PSEUDONYM_KEY_SIZE:
+            raise ValueError(f"a pseudonym key has {PSEUDONYM_KEY_SIZE} bytes")
+        self._key = key
+
+    def __repr__(self) -> str:
+        return "Pseudonyms(redacted)"
+
+    def of(self, value: str) -> str:
+        """`chip:` and 32 hex digits: HMAC-SHA-256 of a chip's id or fingerprint, the first 16 bytes."""
+        return "chip:" + hmac.new(self._key, value.encode(), hashlib.sha256).digest()[:_PSEUDONYM_SIZE].hex()
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
