@@ -1,0 +1,102 @@
+"""How a grant is spent: pure steps from one ledger row to the next, carried out under the row's lock.
+
+Begin reserves, release consumes, every other end returns the reservation. Counted by the grant's name, whatever its
+version: a new version changes the limits and never what was spent.
+
+The rate is kept by the generic cell rate algorithm (GCRA) in one number, the theoretical arrival time: each begin moves
+it on by one interval (period / launches), and a begin is refused where that would put it further ahead of the clock
+than one period. So a grant that rested gives all of its launches at once, and then one per interval; in any time t it
+gives no more than `launches` + t / interval. A clock that goes back makes callers wait longer, never shorter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+from common.errors import LimitExceeded, PlatformFailed, Reason, Refused, SevattestError
+from verifier.documents.grant import Grant, Rate
+from verifier.store.rows import LedgerRow
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
+_SECOND = 1_000_000  # microseconds
+
+
+def begin(row: LedgerRow, grant: Grant, now: datetime) -> LedgerRow:
+    """Reserve one launch.
+
+    Raises:
+        Refused: GRANT_EXHAUSTED, all of its launches were released; GRANT_SUSPENDED, too many were refused.
+        LimitExceeded: GRANT_BUSY, all that is left is reserved by open launches; GRANT_RATE_LIMITED, too soon, with
+            the seconds to wait in the field `retry_after`.
+    """
+    if row.released >= grant.launches:
+        raise Refused(Reason.GRANT_EXHAUSTED, f"all {grant.launches} launches of the grant were released")
+    if row.refused >= grant.refusals:
+        raise Refused(Reason.GRANT_SUSPENDED, f"{row.refused} launches of the grant were refused, which suspends it")
+    if row.open >= grant.at_once:
+        raise LimitExceeded(Reason.GRANT_BUSY, f"{row.open} launches of the grant are open, which is all it may have")
+    if row.released + row.open >= grant.launches:
+        raise LimitExceeded(Reason.GRANT_BUSY, "open launches have reserved all that is left of the grant")
+    rate_time = row.rate_time if grant.rate is None else _arrival(row.rate_time, grant.rate, now)
+    return replace(row, open=row.open + 1, rate_time=rate_time)
+
+
+def released(row: LedgerRow) -> LedgerRow:
+    """An open launch was released.
+
+    Raises:
+        PlatformFailed: the ledger knows of no open launch (INTERNAL).
+    """
+    return replace(_closed(row), released=row.released + 1)
+
+
+def refused(row: LedgerRow) -> LedgerRow:
+    """An open launch was refused: its reservation comes back, and the refusal is counted.
+
+    Raises:
+        PlatformFailed: the ledger knows of no open launch (INTERNAL).
+    """
+    return replace(_closed(row), refused=row.refused + 1)
+
+
+def returned(row: LedgerRow) -> LedgerRow:
+    """An open launch was abandoned or expired: its reservation comes back.
+
+    Raises:
+        PlatformFailed: the ledger knows of no open launch (INTERNAL).
+    """
+    return _closed(row)
+
+
+def reason_against(row: LedgerRow, grant: Grant, now: datetime) -> Reason | None:
+    """Why one more launch could not be reserved now; None where it could. The document's own limits are not asked."""
+    try:
+        begin(row, grant, now)
+    except SevattestError as error:
+        return error.reason
+    return None
+
+
+def _closed(row: LedgerRow) -> LedgerRow:
+    if row.open == 0:
+        raise PlatformFailed(Reason.INTERNAL, "the grant's ledger knows of no open launch")
+    return replace(row, open=row.open - 1)
+
+
+def _arrival(earlier: int, rate: Rate, now: datetime) -> int:
+    """The theoretical arrival time after one more begin, in microseconds since 1970."""
+    clock = (now - _EPOCH) // _MICROSECOND
+    # Rounded up, so that rounding never lets one more through.
+    interval = -(-(rate.period // _MICROSECOND) // rate.launches)
+    arrival = max(earlier, clock) + interval
+    wait = arrival - clock - interval * rate.launches
+    if wait > 0:
+        seconds = -(-wait // _SECOND)
+        raise LimitExceeded(
+            Reason.GRANT_RATE_LIMITED,
+            f"the grant allows {rate.launches} launches in {rate.period}, the next in {seconds} seconds",
+            retry_after=str(seconds),
+        )
+    return arrival
