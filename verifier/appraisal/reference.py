@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 from uuid import UUID
 
 import msgspec
@@ -19,6 +18,7 @@ from common.sev.digest.kernel_hashes import KernelHashes
 from common.sev.measurement import FirmwareVersion
 from common.sev.policy import GuestPolicy
 from verifier.documents.generations import GENERATIONS
+from verifier.documents.sources import Source
 from verifier.documents.workload import Artefacts, ListedDigest, SecretSpec, Workload
 
 
@@ -41,10 +41,10 @@ class Reference(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SecretTerms(msgspec.Struct, frozen=True, kw_only=True):
-    """One secret to release: which, from where, not what."""
+    """One secret to release: which, from where, not what. Members as in `SecretSpec`."""
 
     guid: UUID
-    file: str | None
+    source: Source
     trailing_nul: bool
 
 
@@ -96,11 +96,7 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
     def secret_specs(self) -> tuple[SecretSpec, ...]:
         """The secrets as the sources want them."""
         return tuple(
-            SecretSpec(
-                guid=secret.guid,
-                file=None if secret.file is None else Path(secret.file),
-                trailing_nul=secret.trailing_nul,
-            )
+            SecretSpec(guid=secret.guid, source=secret.source, trailing_nul=secret.trailing_nul)
             for secret in self.secrets
         )
 
@@ -174,11 +170,7 @@ def freeze(workload: Workload, *, generation: str, references: tuple[Reference, 
         plain_sev=not policy.requires_es,
         references=references,
         secrets=tuple(
-            SecretTerms(
-                guid=secret.guid,
-                file=None if secret.file is None else str(secret.file),
-                trailing_nul=secret.trailing_nul,
-            )
+            SecretTerms(guid=secret.guid, source=secret.source, trailing_nul=secret.trailing_nul)
             for secret in workload.secrets
         ),
         notes=(*workload.risks, *GENERATIONS[generation].risks),

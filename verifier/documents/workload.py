@@ -18,6 +18,7 @@ from common.sev.digest.vmsa import Flavour
 from common.sev.measurement import FirmwareVersion
 from common.sev.policy import GuestPolicy
 from common.sev.secret import SecretEntry, build_table
+from verifier.documents.sources import Source
 
 DIGESTS_MAX = 512  # decisions.md 5: the list that is frozen for each launch
 SECRET_AREA_DEFAULT = 0xC00  # what OvmfPkg/AmdSev reserves; listed digests say nothing of the firmware's own
@@ -74,17 +75,21 @@ class SecretSpec:
 
     Attributes:
         guid: its name in the guest.
-        file: where it is read from at release; None for one that is generated for each launch.
+        source: where it is read from at release, or how it is made for the launch.
         trailing_nul: whether a NUL is added, as GRUB wants it for a disk's passphrase.
     """
 
     guid: UUID
-    file: Path | None
+    source: Source
     trailing_nul: bool = False
 
     def entry(self, data: bytes) -> SecretEntry:
         """The table entry for the secret's bytes."""
         return SecretEntry(guid=self.guid, data=data + b"\0" if self.trailing_nul else data)
+
+    def data(self, entry: SecretEntry) -> bytes:
+        """The secret's bytes in its table entry."""
+        return entry.data[:-1] if self.trailing_nul else entry.data
 
 
 @dataclass(frozen=True, kw_only=True)
