@@ -13,5 +13,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 # The largest message, bytes, both ways. A chain with its session is some 10 KiB; images never travel, digests do.
 MAX_MESSAGE = 65536
+# The same on the owner's listener, where documents travel: a text of 256 KiB, answered with its defaults written out.
+MAX_ADMIN_MESSAGE = 1 << 20
 # Calls under way on one connection.
 MAX_STREAMS = 64

@@ -16,8 +16,6 @@ _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
 
 OPTIONS: tuple[tuple[str, int], ...] = (
-    ("grpc.max_receive_message_length", MAX_MESSAGE),
-    ("grpc.max_send_message_length", MAX_MESSAGE),
     ("grpc.max_metadata_size", 16384),
     # A dead server is noticed within 40 s, also while a stream is silent; the servers allow a ping every 20 s.
     ("grpc.keepalive_time_ms", 30000),
@@ -31,10 +29,11 @@ OPTIONS: tuple[tuple[str, int], ...] = (
 )
 
 
-def open_channel(target: str, tls: ClientTls) -> grpc.aio.Channel:
+def open_channel(target: str, tls: ClientTls, *, message: int = MAX_MESSAGE) -> grpc.aio.Channel:
     """A channel to `target` (`HOST:PORT`); the files are read now, so a new channel sees renewed ones.
 
-    The service's certificate must come from `tls.server_ca` and name the host or address in `target`.
+    The service's certificate must come from `tls.server_ca` and name the host or address in `target`. The largest
+    message is `message` bytes, both ways.
 
     Raises:
         InvalidInput: `INVALID_CONFIGURATION`, naming the file and what is wrong with it.
@@ -43,7 +42,8 @@ def open_channel(target: str, tls: ClientTls) -> grpc.aio.Channel:
     credentials = grpc.ssl_channel_credentials(
         root_certificates=material.ca_pem, private_key=material.key_pem, certificate_chain=material.chain_pem
     )
-    return grpc.aio.secure_channel(target, credentials, options=OPTIONS)
+    sizes = (("grpc.max_receive_message_length", message), ("grpc.max_send_message_length", message))
+    return grpc.aio.secure_channel(target, credentials, options=(*OPTIONS, *sizes))
 
 
 async def call(

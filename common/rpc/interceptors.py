@@ -64,11 +64,13 @@ class Limits:
             connection waits its turn at its own side and is never refused; more connections give no more.
         deadline: the longest that a unary call may take, seconds.
         stream_deadline: the longest that a stream may stay open, seconds.
+        message: the largest message, bytes, both ways.
     """
 
     in_flight: int = MAX_STREAMS
     deadline: float = 60.0
     stream_deadline: float = 3600.0
+    message: int = MAX_MESSAGE
 
 
 # A timeout is rounded up where it is sent, to two or three digits: 3600 s arrive as 3610 s (gRPC 1.85).
@@ -123,7 +125,7 @@ class Gatekeeper(grpc.aio.ServerInterceptor):
 
             async def serve() -> bytes:
                 request = await _read(context, parse)
-                return _fitting(serialize(await behaviour(request, context)))
+                return _fitting(serialize(await behaviour(request, context)), self._limits.message)
 
             return await self._guarded(method, context, serve, longest=self._limits.deadline)
 
@@ -135,7 +137,7 @@ class Gatekeeper(grpc.aio.ServerInterceptor):
                 # Closed here and not by the garbage collector, so that the servicer's own `finally` runs in this call.
                 async with aclosing(cast("Any", behaviour(request, context))) as responses:
                     async for response in responses:
-                        await context.write(_fitting(serialize(response)))
+                        await context.write(_fitting(serialize(response), self._limits.message))
 
             await self._guarded(method, context, serve, longest=self._limits.stream_deadline)
 
@@ -282,9 +284,9 @@ async def _read(context: Context, parse: Callable[[bytes], object]) -> object:
         raise InvalidInput(Reason.INVALID_ARGUMENT, "the request is not a valid protobuf message") from error
 
 
-def _fitting(message: bytes) -> bytes:
+def _fitting(message: bytes, most: int) -> bytes:
     """The answer if it can be sent; gRPC would drop it after the fact, with a status of its own."""
-    if len(message) > MAX_MESSAGE:
+    if len(message) > most:
         raise OverflowError(f"an answer of {len(message)} bytes")
     return message
 

@@ -18,7 +18,7 @@ from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 from common.clock import Clock, SystemClock
 from common.config import listen_address
 from common.errors import InvalidInput, Reason
-from common.rpc import MAX_MESSAGE, MAX_STREAMS, steps
+from common.rpc import MAX_STREAMS, steps
 from common.rpc.authz import METHODS
 from common.rpc.health import Health, socket_target
 from common.rpc.identity import Identity
@@ -35,8 +35,6 @@ _Servicer = TypeVar("_Servicer")
 OPTIONS: tuple[tuple[str, int], ...] = (
     # A second process on the port would share the calls without anybody noticing.
     ("grpc.so_reuseport", 0),
-    ("grpc.max_receive_message_length", MAX_MESSAGE),
-    ("grpc.max_send_message_length", MAX_MESSAGE),
     # Half-open streams of one connection.
     ("grpc.max_concurrent_streams", MAX_STREAMS),
     # Counting streams that have ended but are not yet freed refuses a fifth of an honest client's burst
@@ -109,10 +107,16 @@ class Server:
         self._health_target = None if health_socket is None else socket_target(health_socket)
         self.certificates = CertificateWatch(tls, log=log, clock=self._clock)
         self.health = Health()
+        limits = limits or Limits()
+        self._options = (
+            *OPTIONS,
+            ("grpc.max_receive_message_length", limits.message),
+            ("grpc.max_send_message_length", limits.message),
+        )
         self._gatekeeper = Gatekeeper(
             trust_domain=tls.trust_domain,
             callers=tls.callers,
-            limits=limits or Limits(),
+            limits=limits,
             log=log,
             clock=self._clock,
         )
@@ -159,7 +163,7 @@ class Server:
         Raises:
             InvalidInput: `INVALID_CONFIGURATION`; the address cannot be listened on.
         """
-        server = grpc.aio.server(interceptors=[self._gatekeeper], options=OPTIONS)
+        server = grpc.aio.server(interceptors=[self._gatekeeper], options=self._options)
         for add in self._adders:
             add(server)
         host = f"[{self._host}]" if ":" in self._host else self._host
@@ -209,7 +213,7 @@ class Server:
 
     async def _start_health_socket(self, target: str) -> None:
         assert self._health_socket is not None  # noqa: S101 -- the target was made from it
-        server = grpc.aio.server(options=OPTIONS)
+        server = grpc.aio.server(options=self._options)
         add_HealthServicer_to_server(cast("Any", _Probed(self.health)), server)
         try:
             server.add_insecure_port(target)
