@@ -1,8 +1,4 @@
-"""Secrets from files, and those that are made for one launch.
-
-A file is read anew for each release: whoever rotates it needs no reload. Its name goes to the owner's log only; the
-host's answer says that a secret is unavailable and no more.
-"""
+"""Secrets from files on the verifier's own disk, read anew each time: whoever rotates one needs no reload."""
 
 from __future__ import annotations
 
@@ -10,45 +6,34 @@ import asyncio
 import errno
 import os
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from common.errors import Reason, Unavailable
 from common.sev.abi import PACKET_MAX_SIZE
-from common.sev.secret import SecretEntry
-from common.telemetry.log import SILENCE, Log
-from verifier.documents.workload import ATTESTED_SIZE, SecretSpec
+from verifier.documents.sources import FileSource
+from verifier.secrets.base import no_answer
 
 _T = TypeVar("_T")
 
 
 class FileSecrets:
-    """The `SecretSource` over files and the random generator."""
+    """Asks files."""
 
-    def __init__(self, random: Callable[[int], bytes] = os.urandom, log: Log = SILENCE) -> None:
-        """Take the generator's source of random bytes, and the owner's log."""
-        self._random = random
-        self._log = log
+    async def size(self, source: FileSource) -> int:
+        """See `Asked`."""
+        return await asyncio.to_thread(_asked, _size, source)
 
-    async def sizes(self, specs: Sequence[SecretSpec]) -> tuple[int, ...]:
-        """See `SecretSource`."""
-        return await asyncio.to_thread(lambda: tuple(self._asked(spec, _size, ATTESTED_SIZE) for spec in specs))
+    async def read(self, source: FileSource) -> bytes:
+        """See `Asked`."""
+        return await asyncio.to_thread(_asked, _read, source)
 
-    async def read(self, specs: Sequence[SecretSpec]) -> tuple[SecretEntry, ...]:
-        """See `SecretSource`."""
-        return await asyncio.to_thread(
-            lambda: tuple(spec.entry(self._asked(spec, _read, self._random(ATTESTED_SIZE))) for spec in specs)
-        )
 
-    def _asked(self, spec: SecretSpec, ask: Callable[[Path], _T], generated: _T) -> _T:
-        if spec.file is None:
-            return generated
-        try:
-            return ask(spec.file)
-        except OSError as error:
-            self._log.error("source.unavailable", file=str(spec.file), error=error)
-            raise Unavailable(Reason.SECRET_UNAVAILABLE, "a secret's source has no answer") from error
+def _asked(ask: Callable[[Path], _T], source: FileSource) -> _T:
+    try:
+        return ask(Path(source.path))
+    except OSError as error:
+        raise no_answer((error.strerror or "cannot be read").lower()) from error
 
 
 def _size(path: Path) -> int:
