@@ -59,6 +59,58 @@ def platform_floor_known(evidence: PlatformEvidence) -> Finding | None:
     )
 
 
+def _revoked(rule: str, revoked: str | None) -> Finding | None:
+    return None if revoked is None else Finding(rule=rule, reason=Reason.REVOKED, message=revoked)
+
+
+def platform_revoked(evidence: PlatformEvidence) -> Finding | None:
+    """`platform.revoked`: neither generation, platform owner nor workload version are revoked."""
+    return _revoked("platform.revoked", evidence.revoked)
+
+
+def platform_ownership(evidence: PlatformEvidence) -> Finding | None:
+    """`platform.ownership`: the platform's owner is one that the workload and the Platform document allow."""
+    allowed, known = evidence.ownership, evidence.known
+    if known is not None and known.oca not in {None, evidence.oca}:
+        message = f"platform {known.name} is owned by {evidence.oca} instead of {known.oca}"
+    elif isinstance(allowed, frozenset):
+        if evidence.oca in allowed:
+            return None
+        message = f"the platform is owned by {evidence.oca}, who is not among the {len(allowed)} that are allowed"
+    elif allowed == "any" or evidence.self_made:
+        return None
+    else:
+        message = f"the platform is not self-owned: its owner {evidence.oca} has a certificate that no firmware made"
+    return Finding(rule="platform.ownership", reason=Reason.PLATFORM_OWNER_NOT_ALLOWED, message=message)
+
+
+def platform_pool(evidence: PlatformEvidence) -> Finding | None:
+    """`platform.pool`: the grant names the platform or one of its pools, or any platform."""
+    grant, known = evidence.grant, evidence.known
+    if grant is None or (grant.platforms is None and grant.pools is None):
+        return None
+    if known is not None and (known.name in (grant.platforms or ()) or known.pools & (grant.pools or frozenset())):
+        return None
+    what = f"platform {known.name}" if known is not None else f"chip {evidence.fingerprint}, which no document names,"
+    return Finding(
+        rule="platform.pool",
+        reason=Reason.HOST_NOT_IN_POOL,
+        message=f"{what} is not among the platforms and pools of grant {grant.name}",
+    )
+
+
+def platform_caller(evidence: PlatformEvidence) -> Finding | None:
+    """`platform.caller`: the Platform document names the caller, or any."""
+    known = evidence.known
+    if known is None or known.callers is None or evidence.caller in known.callers:
+        return None
+    return Finding(
+        rule="platform.caller",
+        reason=Reason.HOST_NOT_FOR_CALLER,
+        message=f"platform {known.name} is not for this caller",
+    )
+
+
 def launch_chip_revoked(evidence: StandingEvidence) -> Finding | None:
     """`launch.chip_revoked`: the chip was not revoked since the launch began."""
     return _chip_revoked("launch.chip_revoked", evidence.denied)
@@ -73,6 +125,18 @@ def launch_workload_withdrawn(evidence: StandingEvidence) -> Finding | None:
         reason=Reason.CALLER_NOT_ALLOWED,
         message="the workload was withdrawn: no document of its name is on file any more",
     )
+
+
+def launch_revoked(evidence: StandingEvidence) -> Finding | None:
+    """`launch.revoked`: nothing else of the launch was revoked since it began, its proven firmware included."""
+    return _revoked("launch.revoked", evidence.revoked)
+
+
+def launch_grant(evidence: StandingEvidence) -> Finding | None:
+    """`launch.grant`: the grant that the launch spends is still on file and not suspended."""
+    if evidence.stopped is None:
+        return None
+    return Finding(rule="launch.grant", reason=Reason.GRANT_SUSPENDED, message=evidence.stopped)
 
 
 def firmware_api(evidence: LaunchEvidence) -> Finding | None:
@@ -108,6 +172,18 @@ def firmware_floor(evidence: LaunchEvidence) -> Finding | None:
     )
 
 
+def firmware_pdh(evidence: LaunchEvidence) -> Finding | None:
+    """`firmware.pdh`: the PDH was never used under older firmware, which may have given its key away."""
+    oldest = evidence.pdh_oldest
+    if evidence.matched is None or oldest is None or oldest >= evidence.firmware:
+        return None
+    return Finding(
+        rule="firmware.pdh",
+        reason=Reason.PDH_PREDATES_FIRMWARE,
+        message=f"the PDH was used under firmware {oldest} before the update to {evidence.firmware}",
+    )
+
+
 def report_nonce(evidence: ReportEvidence) -> Finding | None:
     """`report.nonce`: the report answers this request and not an earlier one."""
     if hmac.compare_digest(evidence.nonce, evidence.asked_nonce):
@@ -140,15 +216,21 @@ def report_policy(evidence: ReportEvidence) -> Finding | None:
 PLATFORM_RULES: Mapping[str, Callable[[PlatformEvidence], Finding | None]] = MappingProxyType(
     {
         "platform.chip_revoked": platform_chip_revoked,
+        "platform.revoked": platform_revoked,
         "platform.generation": platform_generation,
         "platform.chip": platform_chip,
+        "platform.ownership": platform_ownership,
         "platform.floor_known": platform_floor_known,
+        "platform.pool": platform_pool,
+        "platform.caller": platform_caller,
     }
 )
 STANDING_RULES: Mapping[str, Callable[[StandingEvidence], Finding | None]] = MappingProxyType(
     {
         "launch.chip_revoked": launch_chip_revoked,
+        "launch.revoked": launch_revoked,
         "launch.workload_withdrawn": launch_workload_withdrawn,
+        "launch.grant": launch_grant,
     }
 )
 LAUNCH_RULES: Mapping[str, Callable[[LaunchEvidence], Finding | None]] = MappingProxyType(
@@ -157,6 +239,7 @@ LAUNCH_RULES: Mapping[str, Callable[[LaunchEvidence], Finding | None]] = Mapping
         "firmware.api": firmware_api,
         "launch.measurement": launch_measurement,
         "firmware.floor": firmware_floor,
+        "firmware.pdh": firmware_pdh,
     }
 )
 REPORT_RULES: Mapping[str, Callable[[ReportEvidence], Finding | None]] = MappingProxyType(

@@ -6,10 +6,11 @@ Values only: `verifier.documents.reader` makes them from a document's text, and 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Literal
 from uuid import UUID
 
 from common.sev.abi import PACKET_MAX_SIZE, PolicyBit
@@ -26,6 +27,10 @@ SECRET_AREA_DEFAULT = 0xC00  # what OvmfPkg/AmdSev reserves; listed digests say 
 # What a guest without listed secrets gets: 32 random bytes, made for each launch, that only an attested guest can know.
 ATTESTED_GUID = UUID("47949596-8327-4686-b9d5-318339dc2596")
 ATTESTED_SIZE = 32
+
+# Whose platforms are allowed: anybody's, nobody's (the firmware made the owner's certificate), or those of the owners
+# whose certificates have these fingerprints (lower-case hex).
+Ownership = Literal["any", "self"] | frozenset[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +106,7 @@ class Workload:
         version: compares in natural order; the newest is in force.
         sha256: of the document's text, lower-case hex: what receipts name.
         source: the document's file, for logs.
-        callers: SPIFFE ids of the orchestrators that may launch it.
+        callers: SPIFFE ids of the orchestrators that may launch it without a grant; may be empty.
         artefacts: files to measure; None where digests are listed.
         digests: listed digests; empty where artefacts are measured.
         secret_area: bytes that listed digests' firmware reserves for secrets; None where artefacts are measured.
@@ -109,6 +114,7 @@ class Workload:
         minimum_api: lowest API for the policy beside the floor's own; None writes no API into the policy.
         generations: allowed generations.
         chips: allowed chips by fingerprint (lower-case hex); None allows any.
+        ownership: whose platforms are allowed.
         floors: for each allowed generation, the oldest accepted firmware.
         accept_old_firmware: the owner's reason to go below the table; None where it is kept.
         secrets: what is released; at least one.
@@ -129,6 +135,7 @@ class Workload:
     minimum_api: tuple[int, int] | None
     generations: frozenset[str]
     chips: frozenset[str] | None
+    ownership: Ownership
     floors: Mapping[str, FirmwareVersion]
     accept_old_firmware: str | None
     secrets: tuple[SecretSpec, ...]
@@ -155,3 +162,8 @@ class Workload:
 def version_order(version: str) -> tuple[tuple[int, int, str], ...]:
     """Sorts versions naturally: numbers as numbers (`1.9` before `1.10`), and what is longer is newer."""
     return tuple((1, int(part), "") if part.isdigit() else (0, 0, part) for part in re.findall(r"\d+|\D+", version))
+
+
+def among(version: str, versions: Iterable[str]) -> bool:
+    """Whether a version is one of these, however it is spelled: `1.0` and `1.00` are one."""
+    return version_order(version) in {version_order(each) for each in versions}
