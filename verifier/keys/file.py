@@ -103,32 +103,56 @@ def read_key_file(path: Path) -> FileKey:
     Raises:
         InvalidInput: there is no such file, others can read it, or it does not hold 32 bytes.
     """
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise InvalidInput(Reason.INVALID_CONFIGURATION, f"key_file: {path}: {error.strerror}", hint=_HINT) from error
-    try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise InvalidInput(Reason.INVALID_CONFIGURATION, f"key_file: {path} is not a regular file")
-        if status.st_uid not in (os.geteuid(), 0):
-            raise InvalidInput(Reason.INVALID_CONFIGURATION, f"key_file: {path} belongs to another user")
-        if stat.S_IMODE(status.st_mode) & 0o077:
-            mode = stat.S_IMODE(status.st_mode)
-            raise InvalidInput(
-                Reason.INVALID_CONFIGURATION,
-                f"key_file: {path} can be used by others (mode {mode:04o})",
-                hint=f"chmod 0400 {path}",
-            )
-        return FileKey(os.read(fd, KEK_SIZE + 1))
-    except OSError as error:
-        raise InvalidInput(Reason.INVALID_CONFIGURATION, f"key_file: {path}: {error.strerror}") from error
-    finally:
-        os.close(fd)
+    return FileKey(read_private_file(path, setting="key_file", limit=KEK_SIZE, hint=_HINT))
 
 
 def write_key_file(path: Path) -> None:
     """Make a key file of 32 random bytes, mode 0600; an existing file is never touched.
+
+    Raises:
+        InvalidInput: there is a file already, or it cannot be made.
+    """
+    write_private_file(path, os.urandom(KEK_SIZE))
+
+
+def read_private_file(path: Path, *, setting: str, limit: int, hint: str) -> bytes:
+    """A file that belongs to us (or to root) and that nobody else can use; one byte more than `limit` at the most.
+
+    Args:
+        path: the file.
+        setting: what the configuration calls it.
+        limit: bytes that it may have.
+        hint: how to make such a file.
+
+    Raises:
+        InvalidInput: there is no such file, or others can use it.
+    """
+
+    def unusable(why: str, **fields: str) -> InvalidInput:
+        return InvalidInput(Reason.INVALID_CONFIGURATION, f"{setting}: {path}{why}", **fields)
+
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise unusable(f": {error.strerror}", hint=hint) from error
+    try:
+        status = os.fstat(fd)
+        mode = stat.S_IMODE(status.st_mode)
+        if not stat.S_ISREG(status.st_mode):
+            raise unusable(" is not a regular file")
+        if status.st_uid not in (os.geteuid(), 0):
+            raise unusable(" belongs to another user")
+        if mode & 0o077:
+            raise unusable(f" can be used by others (mode {mode:04o})", hint=f"chmod 0400 {path}")
+        return os.read(fd, limit + 1)
+    except OSError as error:
+        raise unusable(f": {error.strerror}") from error
+    finally:
+        os.close(fd)
+
+
+def write_private_file(path: Path, data: bytes) -> None:
+    """Make a file, mode 0600, durable when this returns; an existing file is never touched.
 
     Raises:
         InvalidInput: there is a file already, or it cannot be made.
@@ -141,7 +165,7 @@ def write_key_file(path: Path) -> None:
         raise InvalidInput(Reason.INVALID_CONFIGURATION, f"{path}: {error.strerror}") from error
     try:
         os.fchmod(fd, 0o600)
-        os.write(fd, os.urandom(KEK_SIZE))
+        os.write(fd, data)
         os.fsync(fd)
     finally:
         os.close(fd)

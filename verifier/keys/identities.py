@@ -1,0 +1,79 @@
+"""The verifier's own keys: made at the first start, kept sealed in the store, the same for all replicas.
+
+They are no secrets of the guests': losing them costs the proof of later receipts, not a guest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_der_private_key,
+)
+
+from common.errors import Reason, Unavailable
+from verifier.keys.base import SealingKey, identity_place
+from verifier.keys.signer import PSEUDONYM_KEY_SIZE, Pseudonyms, Signer
+
+SIGNING = "signing"
+PSEUDONYM = "pseudonym"
+
+
+class IdentityStore(Protocol):
+    """What the identities ask of a store (`verifier.store.base.Store` has it)."""
+
+    async def identity(self, name: str) -> bytes | None:
+        """A sealed key of the verifier's own."""
+        ...
+
+    async def keep_identity(self, name: str, sealed: bytes) -> bytes:
+        """Keep a sealed key, unless there is one; the one that is kept."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identities:
+    """What the verifier signs with and hides chips behind."""
+
+    signer: Signer
+    pseudonyms: Pseudonyms
+
+
+async def load_identities(store: IdentityStore, sealing: SealingKey, random: Callable[[int], bytes]) -> Identities:
+    """The verifier's keys out of the store; made where there are none. Whoever comes first of several wins.
+
+    Raises:
+        Unavailable: the store has no answer, the sealing key is out of reach, or what is kept does not open.
+    """
+    signing = await _kept(store, sealing, SIGNING, _new_signing_key)
+    pseudonym = await _kept(store, sealing, PSEUDONYM, lambda: random(PSEUDONYM_KEY_SIZE))
+    return Identities(signer=_signer(signing), pseudonyms=Pseudonyms(pseudonym))
+
+
+def _signer(signing: bytes) -> Signer:
+    try:
+        key = load_der_private_key(signing, password=None)
+    except (TypeError, ValueError):
+        key = None
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or key.curve.name != ec.SECP256R1.name:
+        raise Unavailable(Reason.STORE_UNAVAILABLE, "the verifier's signing key in the store is not usable")
+    return Signer(key)
+
+
+async def _kept(store: IdentityStore, sealing: SealingKey, name: str, make: Callable[[], bytes]) -> bytes:
+    place = identity_place(name)
+    sealed = await store.identity(name)
+    if sealed is None:
+        sealed = await store.keep_identity(name, sealing.seal(make(), place))
+    return sealing.unseal(sealed, place)
+
+
+def _new_signing_key() -> bytes:
+    key = ec.generate_private_key(ec.SECP256R1())
+    return key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())

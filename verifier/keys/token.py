@@ -1,0 +1,179 @@
+"""What is asked of a PKCS#11 token: an AES key in it that wraps key-encryption keys and never leaves it.
+
+Needs the extra `pkcs11` (python-pkcs11), imported when a token is first asked. All calls here block; they are for
+threads and for commands. A token's library is one for the whole process, so one call at a time starts it anew, asks,
+and leaves: that is what finds a token gone, and what finds it back.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from common.errors import InvalidInput, Reason, Unavailable
+from verifier.keys.file import read_private_file
+
+if TYPE_CHECKING:
+    from pkcs11 import Session
+
+PIN_MAX = 256  # bytes of a PIN file; PKCS#11 tokens take fewer
+_KEY_BITS = 256
+_IN_USE = threading.Lock()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pkcs11Settings:
+    """Where the wrapping key is.
+
+    Attributes:
+        module: the token's library.
+        token: the token's label.
+        key: label of the AES key in it.
+        pin_file: holds the user PIN, readable by its owner alone.
+        keep: seconds that an unwrapped key may be used before the token must have been asked again.
+    """
+
+    module: Path
+    token: str
+    key: str
+    pin_file: Path
+    keep: float = 60.0
+
+
+class Token:
+    """A token, asked for one thing at a time."""
+
+    def __init__(self, settings: Pkcs11Settings) -> None:
+        """Take note of where it is; it is not asked yet.
+
+        Raises:
+            InvalidInput: python-pkcs11 is not installed (INVALID_CONFIGURATION).
+        """
+        _pkcs11()
+        self._settings = settings
+        # A wrong PIN is never tried twice: a few tries lock a token for good.
+        self._refused_pin: tuple[int, int, int] | None = None
+
+    def decrypt(self, nonce: bytes, associated: bytes, sealed: bytes) -> bytes:
+        """Open what `encrypt` sealed.
+
+        Raises:
+            Unavailable: the token or its key is gone, locked or does not open it (KEY_UNAVAILABLE).
+        """
+        from pkcs11 import Mechanism  # noqa: PLC0415 -- an extra
+        from pkcs11.mechanisms import GCMParams  # noqa: PLC0415
+
+        with self._session() as session:
+            parameters = GCMParams(nonce, associated)
+            return bytes(self._key(session).decrypt(sealed, mechanism=Mechanism.AES_GCM, mechanism_param=parameters))
+
+    def encrypt(self, nonce: bytes, associated: bytes, secret: bytes, *, make_key: bool) -> bytes:
+        """Seal with AES-256-GCM under the key in the token; ciphertext and 16 bytes of tag.
+
+        Args:
+            nonce: 12 bytes, never used before.
+            associated: what belongs to it.
+            secret: what to seal.
+            make_key: make the key where there is none.
+
+        Raises:
+            Unavailable: the token or its key is gone or locked (KEY_UNAVAILABLE).
+            InvalidInput: the key can be taken out of the token (INVALID_CONFIGURATION).
+        """
+        from pkcs11 import Attribute, KeyType, Mechanism, MechanismFlag, exceptions  # noqa: PLC0415
+        from pkcs11.mechanisms import GCMParams  # noqa: PLC0415
+
+        with self._session(rw=make_key) as session:
+            try:
+                key = self._key(session)
+            except exceptions.NoSuchKey:
+                if not make_key:
+                    raise
+                key = session.generate_key(
+                    KeyType.AES,
+                    _KEY_BITS,
+                    label=self._settings.key,
+                    store=True,
+                    capabilities=MechanismFlag.ENCRYPT | MechanismFlag.DECRYPT,
+                    template={Attribute.SENSITIVE: True, Attribute.EXTRACTABLE: False},
+                )
+            if key[Attribute.EXTRACTABLE] or not key[Attribute.SENSITIVE] or key.key_length != _KEY_BITS:
+                raise InvalidInput(
+                    Reason.INVALID_CONFIGURATION,
+                    f"the key {self._settings.key} is not an AES-256 key that cannot leave the token",
+                    hint="--make-key makes one under a label that is free",
+                )
+            parameters = GCMParams(nonce, associated)
+            return bytes(key.encrypt(secret, mechanism=Mechanism.AES_GCM, mechanism_param=parameters))
+
+    def _key(self, session: Session) -> Any:
+        from pkcs11 import KeyType, ObjectClass  # noqa: PLC0415
+
+        return session.get_key(object_class=ObjectClass.SECRET_KEY, key_type=KeyType.AES, label=self._settings.key)
+
+    @contextmanager
+    def _session(self, *, rw: bool = False) -> Iterator[Session]:
+        pkcs11 = _pkcs11()
+        settings = self._settings
+        with _IN_USE:
+            stamp, pin = self._pin()
+            try:
+                library = pkcs11.lib(str(settings.module))
+                library.reinitialize()
+                with library.get_token(token_label=settings.token).open(rw=rw, user_pin=pin) as session:
+                    yield session
+            except (pkcs11.PinIncorrect, pkcs11.PinInvalid, pkcs11.PinLenRange, pkcs11.PinLocked) as error:
+                self._refused_pin = stamp
+                raise self._away("refuses the PIN") from error
+            except pkcs11.NoSuchToken as error:
+                raise self._away("is not there") from error
+            except pkcs11.NoSuchKey as error:
+                raise self._away(f"has no AES key {settings.key}") from error
+            except pkcs11.MultipleObjectsReturned as error:
+                raise self._away(f"has several keys {settings.key}") from error
+            except pkcs11.PKCS11Error as error:  # its text may be anything; its class tells enough
+                raise self._away(f"does not do it ({type(error).__name__})") from error
+
+    def _pin(self) -> tuple[tuple[int, int, int], str]:
+        path = self._settings.pin_file
+        try:
+            status = path.stat()
+            stamp = (status.st_ino, status.st_mtime_ns, status.st_size)
+            if stamp == self._refused_pin:
+                raise self._away("refused the PIN; it is not tried again until the file with it changes")
+            pin = read_private_file(
+                path,
+                setting="pkcs11.pin_file",
+                limit=PIN_MAX,
+                hint="it holds the user PIN, and nobody else can read it",
+            )
+            return stamp, pin.decode().removesuffix("\n")
+        except InvalidInput as error:
+            raise Unavailable(Reason.KEY_UNAVAILABLE, error.message) from error
+        except OSError as error:
+            raise Unavailable(
+                Reason.KEY_UNAVAILABLE, f"pkcs11.pin_file: {path}: {os.strerror(error.errno or 0)}"
+            ) from error
+        except UnicodeDecodeError:
+            raise Unavailable(Reason.KEY_UNAVAILABLE, f"pkcs11.pin_file: {path} is not UTF-8") from None
+
+    def _away(self, what: str) -> Unavailable:
+        return Unavailable(Reason.KEY_UNAVAILABLE, f"the key token {self._settings.token} {what}")
+
+
+def _pkcs11() -> ModuleType:
+    try:
+        import pkcs11  # noqa: PLC0415 -- an extra
+    except ImportError as error:
+        raise InvalidInput(
+            Reason.INVALID_CONFIGURATION,
+            "pkcs11: python-pkcs11 is not installed",
+            hint="pip install 'sevattest[pkcs11]'",
+        ) from error
+    return pkcs11
