@@ -51,6 +51,10 @@ class Store(Protocol):
         """One launch."""
         ...
 
+    async def generated(self, launch_id: UUID) -> bytes | None:
+        """The generated secrets of one launch, sealed; None where it has none."""
+        ...
+
     async def terms(self, terms_id: bytes) -> bytes:
         """The terms that were frozen under this id."""
         ...

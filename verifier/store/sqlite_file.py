@@ -1,4 +1,4 @@
-"""The embedded store's file: who may open it, how it is set up, and how its schema moves forward.
+"""The embedded store's file: who may open it, and how it is set up.
 
 Settings, with what each is for (https://sqlite.org/pragma.html):
     journal_mode=WAL     readers (the `audit` command) do not stop the writer
@@ -18,9 +18,9 @@ import sqlite3
 import stat
 from contextlib import suppress
 from pathlib import Path
-from time import time
 
 from common.errors import InvalidInput, Reason, Unavailable
+from verifier.store.engine import require_servable, unavailable
 from verifier.store.migrations import migrations
 
 FILE_NAME = "sevattest.sqlite3"
@@ -39,7 +39,7 @@ _PRAGMAS = (
 def store_unavailable(error: Exception, doing: str) -> Unavailable:
     """The error for a store that does not answer. Callers read it too: it names no data, and no path of its own."""
     words = error.strerror if isinstance(error, OSError) else str(error)
-    return Unavailable(Reason.STORE_UNAVAILABLE, f"the store cannot {doing}: {words}")
+    return unavailable(f"the store cannot {doing}: {words}")
 
 
 def prepare_folder(folder: Path) -> None:
@@ -91,7 +91,7 @@ class FolderLock:
             raise Unavailable(
                 Reason.STORE_UNAVAILABLE,
                 f"another process serves from {folder}",
-                hint="one process per state_dir: replicas need a store of their own kind",
+                hint="one process per state_dir: replicas share a PostgreSQL",
             ) from error
 
     def release(self) -> None:
@@ -136,7 +136,7 @@ def connect_reader(path: Path) -> sqlite3.Connection:
     """Open a database for reading, also while a process serves from it.
 
     Raises:
-        Unavailable: there is none, or its schema is not this version's.
+        Unavailable: there is none, or its schema is not one that this version reads.
     """
     try:
         connection = sqlite3.connect(
@@ -146,44 +146,16 @@ def connect_reader(path: Path) -> sqlite3.Connection:
         raise store_unavailable(error, f"open {path}") from error
     try:
         connection.execute("PRAGMA query_only=ON")
-        found = connection.execute("PRAGMA user_version").fetchone()[0]
+        found = connection.execute("SELECT number, compatible_from FROM migration ORDER BY number").fetchall()
+        known = migrations()
+        require_servable(found, known)
+        newest = found[-1][0] if found else 0
+        if newest < known[-1].number:
+            raise unavailable(f"{path} has schema {newest}, this version reads {known[-1].number}")
     except sqlite3.Error as error:
         connection.close()
         raise store_unavailable(error, f"read {path}") from error
-    known = migrations()[-1][0]
-    if found != known:
+    except Unavailable:
         connection.close()
-        raise Unavailable(Reason.STORE_UNAVAILABLE, f"{path} has schema {found}, this version reads {known}")
+        raise
     return connection
-
-
-def migrate(connection: sqlite3.Connection) -> None:
-    """Bring the schema forward to this version's.
-
-    Raises:
-        Unavailable: the database was written by a newer version.
-        sqlite3.Error: it cannot be written.
-    """
-    known = migrations()
-    found = connection.execute("PRAGMA user_version").fetchone()[0]
-    if found > known[-1][0]:
-        raise Unavailable(
-            Reason.STORE_UNAVAILABLE, f"the store has schema {found}, this version knows up to {known[-1][0]}"
-        )
-    connection.execute(
-        "CREATE TABLE IF NOT EXISTS migration (number INTEGER PRIMARY KEY, name TEXT NOT NULL, time INTEGER NOT NULL)"
-    )
-    for number, name, sql in known:
-        if number <= found:
-            continue
-        try:
-            # One script is one transaction: a process killed here finds the schema before or after this step.
-            connection.executescript(
-                f"BEGIN IMMEDIATE;\n{sql}\n"
-                f"INSERT INTO migration VALUES ({number}, '{name}', {int(time() * 1_000_000)});\n"
-                f"PRAGMA user_version={number};\nCOMMIT;"
-            )
-        except sqlite3.Error:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
-            raise

@@ -1,0 +1,264 @@
+"""Launches in the database: how they begin, how they end, and how grants are spent with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from uuid import UUID
+
+from verifier.store.engine import Transaction, unavailable
+from verifier.store.rows import (
+    LaunchFilter,
+    LaunchRow,
+    LedgerRow,
+    Move,
+    Opening,
+    Outcome,
+    PdhSighting,
+    RequestKey,
+    RequestRow,
+)
+from verifier.store.sql_common import Decided, OverEngine, append, locked_revision
+from verifier.store.sql_rows import LAUNCH_COLUMNS, firmware_text, key_cells, launch_of, stamp, time_of
+
+_FOREVER = 2**63 - 1  # the latest time that can be stored
+
+
+class Launches(OverEngine):
+    """The part of `Store` that keeps launches, their requests, and the ledgers of grants."""
+
+    async def last_time(self) -> datetime | None:
+        """See `Store`."""
+        row = await self._row("SELECT time FROM audit_head")
+        return None if row is None or row[0] is None else time_of(row[0])
+
+    async def request(self, key: RequestKey) -> RequestRow | None:
+        """See `Store`."""
+        row = await self._row(
+            "SELECT content, launch_id FROM request WHERE caller=? AND method=? AND request_id=?", *key_cells(key)
+        )
+        return None if row is None else RequestRow(key=key, content=row[0], launch_id=UUID(row[1]))
+
+    async def launch(self, launch_id: UUID) -> LaunchRow | None:
+        """See `Store`."""
+        row = await self._row(f"SELECT {LAUNCH_COLUMNS} FROM launch WHERE launch_id=?", str(launch_id))  # noqa: S608 -- a constant list
+        return None if row is None else launch_of(row)
+
+    async def generated(self, launch_id: UUID) -> bytes | None:
+        """See `Store`."""
+        row = await self._row("SELECT generated FROM launch WHERE launch_id=?", str(launch_id))
+        return None if row is None else row[0]
+
+    async def terms(self, terms_id: bytes) -> bytes:
+        """See `Store`."""
+        return await self._frozen("SELECT body FROM terms WHERE terms_id=?", terms_id)
+
+    async def chain(self, platform_id: bytes) -> bytes:
+        """See `Store`."""
+        return await self._frozen("SELECT chain FROM platform WHERE platform_id=?", platform_id)
+
+    async def _frozen(self, query: str, key: bytes) -> bytes:
+        row = await self._row(query, key)
+        if row is None:
+            raise unavailable("the store lacks what a launch was begun with")
+        value: bytes = row[0]
+        return value
+
+    async def overdue(self, time: datetime, state: str, limit: int, *, grant: str | None = None) -> Sequence[UUID]:
+        """See `Store`."""
+        if grant is None:
+            rows = await self._rows(
+                "SELECT launch_id FROM launch WHERE state=? AND expire_time<=? ORDER BY expire_time LIMIT ?",
+                *(state, stamp(time), limit),
+            )
+        else:
+            rows = await self._rows(
+                "SELECT launch_id FROM launch WHERE grant_name=? AND state=? AND expire_time<=? "
+                "ORDER BY expire_time LIMIT ?",
+                *(grant, state, stamp(time), limit),
+            )
+        return [UUID(row[0]) for row in rows]
+
+    async def launches(self, which: LaunchFilter, *, before: UUID | None, limit: int) -> Sequence[LaunchRow]:
+        """See `Store`."""
+        wanted = {
+            "workload=?": which.workload,
+            "state=?": which.state,
+            "caller=?": which.caller,
+            "grant_name=?": which.grant,
+            "(create_time, launch_id) < (SELECT create_time, launch_id FROM launch WHERE launch_id=?)": (
+                None if before is None else str(before)
+            ),
+        }
+        asked = {condition: value for condition, value in wanted.items() if value is not None}
+        where = f"WHERE {' AND '.join(asked)}" if asked else ""
+        rows = await self._rows(
+            f"SELECT {LAUNCH_COLUMNS} FROM launch {where} ORDER BY create_time DESC, launch_id DESC LIMIT ?",  # noqa: S608 -- constants
+            *asked.values(),
+            limit,
+        )
+        return [launch_of(row) for row in rows]
+
+    async def ledger(self, grant: str) -> LedgerRow:
+        """See `Store`."""
+        row = await self._row("SELECT open, released, refused, rate_time FROM ledger WHERE grant_name=?", grant)
+        return LedgerRow() if row is None else _ledger_of(row)
+
+    async def sighted(self, pdh_fingerprint: bytes) -> tuple[int, int, int] | None:
+        """See `Store`."""
+        row = await self._row("SELECT api_major, api_minor, build FROM pdh WHERE pdh_fingerprint=?", pdh_fingerprint)
+        return None if row is None else (row[0], row[1], row[2])
+
+    async def measured_before(self, measurement: bytes, besides: UUID) -> UUID | None:
+        """See `Store`."""
+        row = await self._row(
+            "SELECT launch_id FROM launch WHERE measurement=? AND launch_id<>? ORDER BY end_time LIMIT 1",
+            *(measurement, str(besides)),
+        )
+        return None if row is None else UUID(row[0])
+
+    # Writing; the order of locks is `verifier.store.sql_common`'s.
+
+    async def open_launch(self, opening: Opening) -> Outcome:
+        """See `Store`."""
+        launch, spending = opening.launch, opening.spending
+        if launch.keys is None:
+            raise ValueError("an open launch has keys")
+
+        def work(transaction: Transaction) -> None:
+            revision = locked_revision(transaction, change=False)
+            _take_request(transaction, opening.request)
+            if revision != opening.revision:
+                raise Decided(Outcome.DOCUMENTS_CHANGED)
+            transaction.lock(f"caller {launch.caller}")
+            counted = transaction.rows(
+                "SELECT 1 FROM launch WHERE caller=? AND state='open' AND expire_time>? LIMIT ?",
+                *(launch.caller, stamp(launch.create_time), opening.open_cap),
+            )
+            if len(counted) >= opening.open_cap:
+                raise Decided(Outcome.CAP_REACHED)
+            if spending is not None:
+                ledger = _locked_ledger(transaction, spending.grant)
+                _keep_ledger(transaction, spending.grant, ledger, spending.change(ledger))
+            _insert(transaction, opening)
+            append(transaction, opening.audit)
+
+        return await self._decide("open", work)
+
+    async def move(self, move: Move) -> Outcome:
+        """See `Store`."""
+
+        def work(transaction: Transaction) -> None:
+            revision = None if move.revision is None else locked_revision(transaction, change=False)
+            if move.request is not None:
+                _take_request(transaction, move.request)
+            if revision != move.revision:
+                raise Decided(Outcome.DOCUMENTS_CHANGED)
+            spending = move.spending
+            ledger = None if spending is None else _locked_ledger(transaction, spending.grant)
+            if not _end(transaction, move):
+                raise Decided(Outcome.LOST)
+            if spending is not None and ledger is not None:
+                _keep_ledger(transaction, spending.grant, ledger, spending.change(ledger))
+            if move.sighting is not None:
+                _sight(transaction, move.sighting)
+            append(transaction, move.audit)
+
+        return await self._decide("move", work)
+
+    async def erase_packets(self, before: datetime) -> int:
+        """See `Store`."""
+        return await self._engine.write(
+            "erase",
+            lambda transaction: transaction.change(
+                "UPDATE launch SET packet_header=NULL, packet_payload=NULL WHERE packet_header IS NOT NULL "
+                "AND end_time<=?",
+                stamp(before),
+            ),
+        )
+
+
+def _take_request(transaction: Transaction, request: RequestRow) -> None:
+    if not transaction.change(
+        "INSERT INTO request (caller, method, request_id, content, launch_id) VALUES (?, ?, ?, ?, ?) "
+        "ON CONFLICT DO NOTHING",
+        *(*key_cells(request.key), request.content, str(request.launch_id)),
+    ):
+        raise Decided(Outcome.REQUEST_TAKEN)
+
+
+def _locked_ledger(transaction: Transaction, grant: str) -> LedgerRow:
+    """The ledger of a grant, made where there is none yet; nobody else changes it before the transaction ends."""
+    query = "SELECT open, released, refused, rate_time FROM ledger WHERE grant_name=? FOR UPDATE"
+    row = transaction.row(query, grant)
+    if row is None:
+        transaction.change(
+            "INSERT INTO ledger (grant_name, open, released, refused, rate_time) VALUES (?, 0, 0, 0, 0) "
+            "ON CONFLICT DO NOTHING",
+            grant,
+        )
+        row = transaction.row(query, grant)
+    if row is None:
+        raise ValueError("a ledger that was just written is there")
+    return _ledger_of(row)
+
+
+def _ledger_of(row: tuple[int, ...]) -> LedgerRow:
+    return LedgerRow(open=row[0], released=row[1], refused=row[2], rate_time=row[3])
+
+
+def _keep_ledger(transaction: Transaction, grant: str, before: LedgerRow, after: LedgerRow) -> None:
+    if after != before:
+        transaction.change(
+            "UPDATE ledger SET open=?, released=?, refused=?, rate_time=? WHERE grant_name=?",
+            *(after.open, after.released, after.refused, after.rate_time, grant),
+        )
+
+
+def _insert(transaction: Transaction, opening: Opening) -> None:
+    launch = opening.launch
+    if launch.keys is None:
+        raise ValueError("an open launch has keys")
+    transaction.change(
+        "INSERT INTO terms (terms_id, body) VALUES (?, ?) ON CONFLICT DO NOTHING", launch.terms_id, opening.terms
+    )
+    transaction.change(
+        "INSERT INTO platform (platform_id, chain) VALUES (?, ?) ON CONFLICT DO NOTHING",
+        *(launch.platform_id, opening.chain),
+    )
+    transaction.change(
+        "INSERT INTO launch (launch_id, caller, state, workload, workload_version, terms_id, platform_id, generation, "
+        "fingerprint, policy, godh, session, pdh_fingerprint, tek, tik, create_time, expire_time, grant_name, chip_id, "
+        "oca) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        *(str(launch.launch_id), launch.caller, launch.state, launch.workload, launch.workload_version),
+        *(launch.terms_id, launch.platform_id, launch.generation, launch.fingerprint, launch.policy),
+        *(launch.godh, launch.session, launch.pdh_fingerprint, launch.keys.tek, launch.keys.tik),
+        *(stamp(launch.create_time), stamp(launch.expire_time), launch.grant, launch.chip_id, launch.oca),
+    )
+
+
+def _end(transaction: Transaction, move: Move) -> bool:
+    """The compare-and-set; whether the launch was as expected."""
+    now, packet = stamp(move.time), move.packet
+    return bool(
+        transaction.change(
+            "UPDATE launch SET state=?, reason=?, end_time=?, tek=NULL, tik=NULL, measurement=?, digest=?, "
+            "packet_header=?, packet_payload=?, receipt=?, generated=?, audit_id=?, firmware=? "
+            "WHERE launch_id=? AND state=? AND expire_time>? AND expire_time<=?",
+            *(move.to, move.reason, now, move.measurement, move.digest),
+            *((packet.header, packet.payload, packet.receipt) if packet else (None, None, None)),
+            *(move.generated, str(move.audit.audit_id), firmware_text(move.firmware)),
+            *(str(move.launch_id), move.expected),
+            *(now if move.in_time else -1, now if move.overdue else _FOREVER),
+        )
+    )
+
+
+def _sight(transaction: Transaction, sighting: PdhSighting) -> None:
+    transaction.change(
+        "INSERT INTO pdh (pdh_fingerprint, api_major, api_minor, build) VALUES (?, ?, ?, ?) "
+        "ON CONFLICT (pdh_fingerprint) DO UPDATE "
+        "SET api_major=excluded.api_major, api_minor=excluded.api_minor, build=excluded.build "
+        "WHERE (excluded.api_major, excluded.api_minor, excluded.build) < (pdh.api_major, pdh.api_minor, pdh.build)",
+        *(sighting.pdh_fingerprint, *sighting.firmware),
+    )

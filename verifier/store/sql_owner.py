@@ -1,0 +1,256 @@
+"""What the owner keeps in the database: documents, secrets and the verifier's own keys, and the requests for them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from uuid import UUID
+
+from verifier.store.engine import Row, Transaction, Value
+from verifier.store.rows import AdminRequest, AuditRow, DocumentRow, Outcome, RequestKey, SealedBlob, StoredSecret
+from verifier.store.sql_common import Decided, OverEngine, append, locked_revision
+from verifier.store.sql_rows import (
+    DOCUMENT_COLUMNS,
+    SECRET_COLUMNS,
+    admin_request_of,
+    document_of,
+    key_cells,
+    secret_of,
+    stamp,
+)
+
+
+class Documents(OverEngine):
+    """The part of `Store` that keeps the owner's documents."""
+
+    async def revision(self) -> int:
+        """See `Store`."""
+        row = await self._row("SELECT value FROM mark WHERE name='revision'")
+        return 0 if row is None else row[0]
+
+    async def documents(self) -> tuple[int, Sequence[DocumentRow]]:
+        """See `Store`."""
+        # One statement: both halves are of the same moment.
+        rows = await self._rows(
+            f"SELECT value, {_OF_DOCUMENT} FROM mark LEFT JOIN document ON 1=1 WHERE mark.name='revision' "  # noqa: S608 -- constants
+            "ORDER BY kind, document.name, apply_time, version"
+        )
+        return rows[0][0], [document_of(row[1:]) for row in rows if row[1] is not None]
+
+    async def admin_request(self, key: RequestKey) -> AdminRequest | None:
+        """See `Store`."""
+        row = await self._row(
+            "SELECT content, answer FROM admin_request WHERE caller=? AND method=? AND request_id=?", *key_cells(key)
+        )
+        return None if row is None else admin_request_of(key, row)
+
+    async def apply_document(self, document: DocumentRow, request: AdminRequest, audit: AuditRow) -> Outcome:
+        """See `Store`."""
+
+        def work(transaction: Transaction) -> Outcome:
+            locked_revision(transaction, change=True)
+            _take(transaction, request)
+            found = transaction.row(
+                "SELECT text, is_json FROM document WHERE kind=? AND name=? AND version=?",
+                *(document.kind, document.name, document.version),
+            )
+            if found is not None:
+                if (found[0], bool(found[1])) != (document.text, document.is_json):
+                    raise Decided(Outcome.CONFLICT)
+                return Outcome.UNCHANGED
+            transaction.change(
+                f"INSERT INTO document ({DOCUMENT_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)",  # noqa: S608 -- constants
+                *(document.kind, document.name, document.version, document.text, int(document.is_json)),
+                stamp(document.apply_time),
+            )
+            _revise(transaction)
+            append(transaction, audit)
+            return Outcome.DONE
+
+        try:
+            return await self._engine.write("apply", work)
+        except Decided as decided:
+            return decided.outcome
+
+    async def delete_document(self, kind: str, name: str, request: AdminRequest, audit: AuditRow) -> Outcome:
+        """See `Store`."""
+
+        def work(transaction: Transaction) -> None:
+            locked_revision(transaction, change=True)
+            _take(transaction, request)
+            if not transaction.change("DELETE FROM document WHERE kind=? AND name=?", kind, name):
+                raise Decided(Outcome.LOST)
+            _revise(transaction)
+            append(transaction, audit)
+
+        return await self._decide("delete", work)
+
+
+class Secrets(OverEngine):
+    """The part of `Store` that keeps what is sealed: secrets, the verifier's own keys, and how all are re-wrapped."""
+
+    async def put_secret(
+        self, name: str, seal: Callable[[int], bytes], size: int, request: AdminRequest, audit: AuditRow
+    ) -> tuple[Outcome, int]:
+        """See `Store`."""
+
+        def work(transaction: Transaction) -> int:
+            # The version is known only below; until then the request holds its place.
+            _take(transaction, request)
+            version: int = transaction.rows(
+                "INSERT INTO secret_name (name, last_version) VALUES (?, 1) "
+                "ON CONFLICT (name) DO UPDATE SET last_version=secret_name.last_version+1 RETURNING last_version",
+                name,
+            )[0][0]
+            transaction.change(
+                f"INSERT INTO secret ({SECRET_COLUMNS}) VALUES (?, ?, ?, ?, ?)",  # noqa: S608 -- constants
+                *(name, version, seal(version), size, stamp(audit.time)),
+            )
+            transaction.change(
+                "UPDATE admin_request SET answer=? WHERE caller=? AND method=? AND request_id=?",
+                *(_with_version(request.answer, version), *key_cells(request.key)),
+            )
+            append(transaction, replace(audit, body=_with_version(audit.body, version)))
+            return version
+
+        try:
+            return Outcome.DONE, await self._engine.write("put-secret", work)
+        except Decided as decided:
+            return decided.outcome, 0
+
+    async def secret(self, name: str, version: int | None) -> StoredSecret | None:
+        """See `Store`."""
+        if version is None:
+            row = await self._row(f"{_SECRET} ORDER BY version DESC LIMIT 1", name)
+        else:
+            row = await self._row(f"{_SECRET} AND version=?", name, version)
+        return None if row is None else secret_of(row)
+
+    async def secrets(self, *, after: str, limit: int) -> Sequence[StoredSecret]:
+        """See `Store`."""
+        rows = await self._rows(
+            f"SELECT {SECRET_COLUMNS} FROM secret AS one WHERE name>? AND version="  # noqa: S608 -- constants
+            "(SELECT max(version) FROM secret AS other WHERE other.name=one.name) ORDER BY name LIMIT ?",
+            *(after, limit),
+        )
+        return [secret_of(row) for row in rows]
+
+    async def delete_secret(self, name: str, request: AdminRequest, audit: AuditRow) -> Outcome:
+        """See `Store`."""
+
+        def work(transaction: Transaction) -> None:
+            _take(transaction, request)
+            # The name's row first, as `put_secret` does: a version that is being put is erased too, or comes after.
+            transaction.rows("SELECT last_version FROM secret_name WHERE name=? FOR UPDATE", name)
+            if not transaction.change("DELETE FROM secret WHERE name=?", name):
+                raise Decided(Outcome.LOST)
+            append(transaction, audit)
+
+        return await self._decide("delete-secret", work)
+
+    async def identity(self, name: str) -> bytes | None:
+        """See `Store`."""
+        row = await self._row("SELECT sealed FROM identity WHERE name=?", name)
+        return None if row is None else row[0]
+
+    async def keep_identity(self, name: str, sealed: bytes) -> bytes:
+        """See `Store`."""
+
+        def work(transaction: Transaction) -> bytes:
+            transaction.change("INSERT INTO identity (name, sealed) VALUES (?, ?) ON CONFLICT DO NOTHING", name, sealed)
+            kept: bytes = transaction.rows("SELECT sealed FROM identity WHERE name=?", name)[0][0]
+            return kept
+
+        return await self._engine.write("keep-identity", work)
+
+    async def sealing_keys(self) -> frozenset[bytes]:
+        """See `Store`."""
+
+        def work(transaction: Transaction) -> frozenset[bytes]:
+            found = {row[0] for query in _KEYS for row in transaction.rows(query)}
+            # Generated secrets stay for ever. One look into the index for each key, not for each secret.
+            last = transaction.row(_NEXT_GENERATED, b"")
+            while last is not None and last[0] is not None:
+                found.add(last[0])
+                last = transaction.row(_NEXT_GENERATED, last[0])
+            return frozenset(found)
+
+        return await self._engine.read(work)
+
+    async def sealed_under_others(self, key_id: bytes, limit: int) -> Sequence[SealedBlob]:
+        """See `Store`."""
+
+        def work(transaction: Transaction) -> list[SealedBlob]:
+            found: list[SealedBlob] = []
+            for query, place in _OTHERS:
+                if len(found) < limit:
+                    rows = transaction.rows(query, key_id, key_id, limit - len(found))
+                    found += [SealedBlob(place=place(row), sealed=row[-1]) for row in rows]
+            return found
+
+        return await self._engine.read(work)
+
+    async def reseal(self, place: tuple[str, ...], old: bytes, new: bytes) -> bool:
+        """See `Store`."""
+        match place:
+            case ("launch", launch_id, "tek" | "tik" | "generated" as column):
+                sql = f"UPDATE launch SET {column}=? WHERE launch_id=? AND {column}=?"  # noqa: S608 -- one of three
+                values: tuple[Value, ...] = (new, str(UUID(launch_id)), old)
+            case ("secret", name, version):
+                sql = "UPDATE secret SET sealed=? WHERE name=? AND version=? AND sealed=?"
+                values = (new, name, int(version), old)
+            case ("identity", name):
+                sql, values = "UPDATE identity SET sealed=? WHERE name=? AND sealed=?", (new, name, old)
+            case _:
+                raise ValueError("no such place")
+        return bool(await self._engine.write("reseal", lambda transaction: transaction.change(sql, *values)))
+
+
+_OF_DOCUMENT = ", ".join(f"document.{name}" for name in DOCUMENT_COLUMNS.split(", "))
+_SECRET = f"SELECT {SECRET_COLUMNS} FROM secret WHERE name=?"  # noqa: S608 -- constants
+
+_KEYS = (
+    "SELECT DISTINCT substr(tek, 2, 8) FROM launch WHERE state='open'",
+    "SELECT DISTINCT substr(tik, 2, 8) FROM launch WHERE state='open'",
+    "SELECT DISTINCT substr(sealed, 2, 8) FROM secret",
+    "SELECT DISTINCT substr(sealed, 2, 8) FROM identity",
+)
+_NEXT_GENERATED = (
+    "SELECT min(substr(generated, 2, 8)) FROM launch WHERE generated IS NOT NULL AND substr(generated, 2, 8) > ?"
+)
+
+
+def _others(columns: str, table: str, sealed: str, where: str = "1=1") -> str:
+    # `<>` would read all; two ranges of an index read what they find.
+    key_id = f"substr({sealed}, 2, 8)"
+    return f"SELECT {columns}, {sealed} FROM {table} WHERE {where} AND ({key_id} < ? OR {key_id} > ?) LIMIT ?"  # noqa: S608 -- constants
+
+
+_OTHERS: tuple[tuple[str, Callable[[Row], tuple[str, ...]]], ...] = (
+    (_others("launch_id", "launch", "tek", "state='open'"), lambda row: ("launch", row[0], "tek")),
+    (_others("launch_id", "launch", "tik", "state='open'"), lambda row: ("launch", row[0], "tik")),
+    (
+        _others("launch_id", "launch", "generated", "generated IS NOT NULL"),
+        lambda row: ("launch", row[0], "generated"),
+    ),
+    (_others("name, version", "secret", "sealed"), lambda row: ("secret", row[0], str(row[1]))),
+    (_others("name", "identity", "sealed"), lambda row: ("identity", row[0])),
+)
+
+
+def _take(transaction: Transaction, request: AdminRequest) -> None:
+    if not transaction.change(
+        "INSERT INTO admin_request (caller, method, request_id, content, answer) VALUES (?, ?, ?, ?, ?) "
+        "ON CONFLICT DO NOTHING",
+        *(*key_cells(request.key), request.content, request.answer),
+    ):
+        raise Decided(Outcome.REQUEST_TAKEN)
+
+
+def _revise(transaction: Transaction) -> None:
+    transaction.change("UPDATE mark SET value=value+1 WHERE name='revision'")
+
+
+def _with_version(text: str, version: int) -> str:
+    return json.dumps({**json.loads(text), "version": version})
