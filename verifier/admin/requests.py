@@ -87,9 +87,9 @@ class Journal:
         self._time = time
         self._records = records
 
-    def now(self) -> datetime:
+    async def now(self) -> datetime:
         """The time for a transaction."""
-        return self._time.now()
+        return await self._time.now()
 
     @staticmethod
     def draft(asked: Asked, method: AdminMethod, *content: bytes) -> Draft:

@@ -10,17 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from common.errors import InvalidInput, NotFound, Reason
-from common.sev.abi import PACKET_MAX_SIZE
+from common.errors import NotFound, Reason
 from verifier.admin.paging import Listing, Page, PageRequest
 from verifier.admin.requests import AdminMethod, Asked, Journal, KeptRequests
-from verifier.keys.base import SealingKey, secret_place
+from verifier.keys.base import SealingKey
 from verifier.launches.launch import content_hash
 from verifier.launches.records import AuditEvent
+from verifier.secrets.put import secret_to_put
 from verifier.store.rows import AdminRequest, AuditRow, Outcome, StoredSecret
-
-# Nothing larger fits into a packet, whatever it is released with.
-VALUE_MAX = PACKET_MAX_SIZE
 
 _LISTING = Listing("ListSecrets")
 
@@ -68,27 +65,21 @@ class SecretDesk:
         Args:
             asked: who, under which id.
             name: its name.
-            value: 1 to `VALUE_MAX` bytes.
+            value: 1 to `verifier.secrets.put.SECRET_MAX` bytes.
 
         Raises:
-            InvalidInput: the value's size, or the request id was used with other content; nothing was changed.
+            InvalidInput: the name, the value's size, or the request id was used with other content; nothing was
+                changed.
             Unavailable: the store or the sealing key has no answer; nothing was changed, unless the store failed in
                 its very commit.
         """
-        if not 1 <= len(value) <= VALUE_MAX:
-            raise InvalidInput(Reason.INVALID_ARGUMENT, f"value: must be 1 to {VALUE_MAX} bytes", field="value")
+        seal = secret_to_put(name, value, self._sealing)
         digest = self._keyed(f"{AdminMethod.PUT_SECRET}:{content_hash(name.encode(), value).hex()}")
         draft = self._journal.draft(asked, AdminMethod.PUT_SECRET, digest.encode())
         if (earlier := await self._journal.answered(draft)) is not None:
             return int(earlier["version"])
-        audit = self._journal.row(AuditEvent.SECRET_PUT, asked, self._journal.now(), name=name, size=len(value))
-        outcome, version = await self._store.put_secret(
-            name,
-            lambda number: self._sealing.seal(value, secret_place(name, number)),
-            len(value),
-            draft.answering(),
-            audit,
-        )
+        audit = self._journal.row(AuditEvent.SECRET_PUT, asked, await self._journal.now(), name=name, size=len(value))
+        outcome, version = await self._store.put_secret(name, seal, len(value), draft.answering(), audit)
         if outcome is not Outcome.DONE:
             return int((await self._journal.answered_meanwhile(draft))["version"])
         self._journal.stored(audit)
@@ -116,7 +107,7 @@ class SecretDesk:
         draft = self._journal.draft(asked, AdminMethod.DELETE_SECRET, name.encode())
         if await self._journal.answered(draft) is not None:
             return
-        audit = self._journal.row(AuditEvent.SECRET_DELETED, asked, self._journal.now(), name=name)
+        audit = self._journal.row(AuditEvent.SECRET_DELETED, asked, await self._journal.now(), name=name)
         outcome = await self._store.delete_secret(name, draft.answering(), audit)
         if outcome is Outcome.LOST:
             raise NotFound(Reason.NOT_FOUND, f"there is no secret {name}")

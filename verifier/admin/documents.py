@@ -1,0 +1,258 @@
+"""Documents that the owner applies over the network: checked, kept, listed, withdrawn.
+
+A document is taken in whole or not at all, and a version that is on file never changes: the same text again changes
+nothing, another text under the same version is a conflict. What the owner keeps as files is shown here and changed
+there: a name that a file has cannot be applied, and a file's document cannot be deleted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from common.errors import NotFound, Reason, WrongState
+from verifier.admin.paging import Listing, Page, PageRequest
+from verifier.admin.ports import DocumentLibrary, Filed, Kind
+from verifier.admin.requests import AdminMethod, Asked, Draft, Journal, KeptRequests
+from verifier.documents.workload import version_order
+from verifier.launches.records import AuditEvent
+from verifier.store.rows import AdminRequest, AuditRow, DocumentRow, Outcome
+
+# Bytes of JSON in one page, so that an answer fits into a message (common.rpc.MAX_ADMIN_MESSAGE) whatever its size.
+PAGE_BYTES = 256 * 1024
+
+# No name and no version has it.
+_CURSOR_SEPARATOR = "\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Applied:
+    """What became of a text.
+
+    Attributes:
+        document: as it now stands, or would.
+        changed: whether anything was changed, or would be. A text that was only checked, changes nothing and is not on
+            file is in conflict with what is: its warnings say how.
+    """
+
+    document: Filed
+    changed: bool
+
+
+class DocumentStore(KeptRequests, Protocol):
+    """What is asked of a store here."""
+
+    async def apply_document(self, document: DocumentRow, request: AdminRequest, audit: AuditRow) -> Outcome:
+        """Keep a version of a document."""
+        ...
+
+    async def delete_document(self, kind: str, name: str, request: AdminRequest, audit: AuditRow) -> Outcome:
+        """Remove all versions of a document."""
+        ...
+
+
+class DocumentDesk:
+    """Takes documents in, shows them, takes them out."""
+
+    def __init__(self, *, store: DocumentStore, journal: Journal, library: DocumentLibrary) -> None:
+        """Take the means."""
+        self._store = store
+        self._journal = journal
+        self._library = library
+
+    # In and out.
+
+    async def apply(self, asked: Asked, text: bytes) -> Applied:
+        """Keep a version of a document.
+
+        Args:
+            asked: who, under which id.
+            text: YAML, or JSON where its first character is `{`.
+
+        Raises:
+            InvalidInput: the document is bad, with everything that is wrong with it; or the request id was used with
+                other content. Nothing was changed.
+            WrongState: a file has a document of this kind and name, or this version is on file with another text
+                (DOCUMENT_CONFLICT). Nothing was changed.
+            Unavailable: the store has no answer.
+        """
+        draft = self._journal.draft(asked, AdminMethod.APPLY, text)
+        if (earlier := await self._journal.answered(draft)) is not None:
+            return await self._applied_before(text, changed=bool(earlier["changed"]))
+        document = await self._library.checked(text)
+        known = await self._known(document)
+        _require_no_conflict(document, known)
+        now = await self._journal.now()
+        audit = self._journal.row(
+            AuditEvent.DOCUMENT_APPLIED,
+            asked,
+            now,
+            kind=document.kind.value,
+            name=document.name,
+            version=document.version,
+            sha256=document.sha256,
+        )
+        row = DocumentRow(
+            kind=document.kind.value,
+            name=document.name,
+            version=document.version,
+            text=text,
+            is_json=is_json(text),
+            apply_time=now,
+        )
+        same = _same_version(document, known)
+        return await self._kept(document, same, row, draft, audit)
+
+    async def _kept(
+        self, document: Filed, same: Filed | None, row: DocumentRow, draft: Draft, audit: AuditRow
+    ) -> Applied:
+        outcome = await self._store.apply_document(row, draft.answering(changed=same is None), audit)
+        if outcome is Outcome.CONFLICT:
+            # Somebody applied another text under this version at the same time.
+            raise _conflict(document, "with another text")
+        if outcome is Outcome.REQUEST_TAKEN:
+            answer = await self._journal.answered_meanwhile(draft)
+            return await self._applied_before(row.text, changed=bool(answer["changed"]))
+        if outcome is Outcome.DONE:
+            self._journal.stored(audit)
+            return Applied(document=replace(document, apply_time=row.apply_time), changed=True)
+        return Applied(document=same or document, changed=False)
+
+    async def _applied_before(self, text: bytes, *, changed: bool) -> Applied:
+        """The answer to a request that was carried out: the document may be withdrawn or its files gone by now."""
+        document = await self._library.checked(text)
+        return Applied(document=_same_version(document, await self._known(document)) or document, changed=changed)
+
+    async def check(self, text: bytes) -> Applied:
+        """What `apply` would do with a text; nothing is changed.
+
+        A conflict with what is on file is no error here, so that the document can be looked at: see `Applied.changed`.
+
+        Raises:
+            InvalidInput: the document is bad, with everything that is wrong with it.
+            Unavailable: the store has no answer.
+        """
+        document = await self._library.checked(text)
+        known = await self._known(document)
+        try:
+            _require_no_conflict(document, known)
+        except WrongState as error:
+            warned = replace(document, warnings=(error.message, *document.warnings))
+            return Applied(document=warned, changed=False)
+        same = _same_version(document, known)
+        return Applied(document=same or document, changed=same is None)
+
+    async def delete(self, asked: Asked, kind: Kind, name: str) -> None:
+        """Remove all versions of a document.
+
+        Raises:
+            NotFound: there is none; nothing was changed.
+            WrongState: it comes from a file (DOCUMENT_CONFLICT); nothing was changed.
+            InvalidInput: the request id was used with other content; nothing was changed.
+            Unavailable: the store has no answer.
+        """
+        draft = self._journal.draft(asked, AdminMethod.DELETE, kind.value.encode(), name.encode())
+        if await self._journal.answered(draft) is not None:
+            return
+        known = await self._versions(kind, name)
+        if known and known[0].file is not None:
+            raise WrongState(
+                Reason.DOCUMENT_CONFLICT,
+                f"{kind} {name} comes from the file {known[0].file}: take the file away and reload the verifier",
+            )
+        audit = self._journal.row(
+            AuditEvent.DOCUMENT_DELETED,
+            asked,
+            await self._journal.now(),
+            kind=kind.value,
+            name=name,
+            versions=[{"version": each.version, "sha256": each.sha256} for each in known],
+        )
+        outcome = await self._store.delete_document(kind.value, name, draft.answering(), audit)
+        if outcome is Outcome.LOST:
+            raise _unknown(kind, name)
+        if outcome is not Outcome.DONE:
+            await self._journal.answered_meanwhile(draft)
+            return
+        self._journal.stored(audit)
+
+    # Reading.
+
+    async def get(self, kind: Kind, name: str, version: str | None) -> Filed:
+        """One version of a document, or the newest.
+
+        Raises:
+            NotFound: there is none.
+            Unavailable: the store has no answer.
+        """
+        for each in await self._versions(kind, name):
+            if version is None or version_order(version) == each.order:
+                return each
+        raise _unknown(kind, name)
+
+    async def list(self, kind: Kind, page: PageRequest) -> Page[Filed]:
+        """All versions of all documents of a kind, by name, the newest first.
+
+        Raises:
+            InvalidInput: the page token is none of this listing.
+            Unavailable: the store has no answer.
+        """
+        listing = Listing("ListDocuments", kind.value)
+        cursor = listing.cursor(page.token)
+        rest = sorted((await self._library.current()).filed(kind), key=lambda each: each.order, reverse=True)
+        rest.sort(key=lambda each: each.name)
+        if cursor:
+            name, _, version = cursor.partition(_CURSOR_SEPARATOR)
+            order = version_order(version)
+            # A document that went away since leaves its place behind.
+            rest = [each for each in rest if each.name > name or (each.name == name and each.order < order)]
+        items: list[Filed] = []
+        size = 0
+        for each in rest[: page.size]:
+            size += len(each.json.encode())
+            if items and size > PAGE_BYTES:
+                break
+            items.append(each)
+        more = len(items) < len(rest)
+        last = f"{items[-1].name}{_CURSOR_SEPARATOR}{items[-1].version}" if more else ""
+        return Page(items=items, next_token=listing.token(last) if more else "")
+
+    async def _known(self, document: Filed) -> Sequence[Filed]:
+        return await self._versions(document.kind, document.name)
+
+    async def _versions(self, kind: Kind, name: str) -> Sequence[Filed]:
+        """All versions of one document, the newest first."""
+        known = [each for each in (await self._library.current()).filed(kind) if each.name == name]
+        return sorted(known, key=lambda each: each.order, reverse=True)
+
+
+def is_json(text: bytes) -> bool:
+    """How a text that came over the network is read: as JSON if it starts with `{`, else as YAML."""
+    return text.lstrip()[:1] == b"{"
+
+
+def _same_version(document: Filed, known: Sequence[Filed]) -> Filed | None:
+    return next((each for each in known if each.order == document.order and each.sha256 == document.sha256), None)
+
+
+def _require_no_conflict(document: Filed, known: Sequence[Filed]) -> None:
+    """Refuse what the store or the folder has otherwise.
+
+    Raises:
+        WrongState: DOCUMENT_CONFLICT.
+    """
+    for each in known:
+        if each.file is not None:
+            raise _conflict(document, f"in the file {each.file}: change it there and reload the verifier")
+        if each.order == document.order and each.sha256 != document.sha256:
+            raise _conflict(document, "with another text: give the new text a new metadata.version")
+
+
+def _conflict(document: Filed, how: str) -> WrongState:
+    what = f"{document.kind} {document.name} {document.version}"
+    return WrongState(Reason.DOCUMENT_CONFLICT, f"{what} is on file {how}")
+
+
+def _unknown(kind: Kind, name: str) -> NotFound:
+    return NotFound(Reason.NOT_FOUND, f"there is no {kind} {name}")

@@ -1,0 +1,68 @@
+"""Which launches a revocation touches, or would have touched: asked before it is applied as well as after."""
+
+from __future__ import annotations
+
+import hashlib
+
+from common.errors import InvalidInput, NotFound, Reason
+from verifier.admin.launches import Found, LaunchStore, OwnedLaunch, owned, page_of_rows
+from verifier.admin.paging import Listing, Page, PageRequest
+from verifier.admin.ports import DocumentLibrary, Kind
+from verifier.appraisal.revoked import impact
+from verifier.documents.revocation import Revocation
+from verifier.store.rows import LaunchFilter
+
+# Launches that one page looks at, so that a revocation that touches nothing holds no call up.
+LOOKED_AT = 500
+
+
+class ImpactDesk:
+    """Holds launches against a revocation."""
+
+    def __init__(self, *, store: LaunchStore, library: DocumentLibrary) -> None:
+        """Take the means."""
+        self._store = store
+        self._library = library
+
+    async def touched(self, *, text: bytes, name: str, page: PageRequest) -> Page[OwnedLaunch]:
+        """Launches that a revocation touches, newest first; a page may be empty and not the last.
+
+        Args:
+            text: the document; empty where `name` says which one is meant.
+            name: of one that is in force; empty where `text` is given.
+            page: which page.
+
+        Raises:
+            InvalidInput: both or neither are given, the document is bad or no revocation, or the page token is none
+                of this listing.
+            NotFound: no revocation of this name is in force.
+            Unavailable: the store has no answer.
+        """
+        if bool(text) == bool(name):
+            raise InvalidInput(Reason.INVALID_ARGUMENT, "text: give either it or name", field="text")
+        revocation = await self._revocation(text, name)
+        listing = Listing("ListRevocationImpact", name, hashlib.sha256(text).hexdigest())
+        rows, more = await page_of_rows(self._store, LaunchFilter(), listing.uuid(page.token), LOOKED_AT)
+        items: list[OwnedLaunch] = []
+        last = ""
+        for row in rows:
+            if len(items) == page.size:
+                more = True
+                break
+            last = str(row.launch_id)
+            if (finding := impact(revocation, row)) is not None:
+                items.append(owned(row, {}, [Found(rule=finding.rule, message=finding.message)]))
+        return Page(items=items, next_token=listing.token(last) if more else "")
+
+    async def _revocation(self, text: bytes, name: str) -> Revocation:
+        if text:
+            document = await self._library.checked(text)
+            if document.kind is not Kind.REVOCATION:
+                raise InvalidInput(Reason.INVALID_ARGUMENT, f"text: is a {document.kind}, no Revocation", field="text")
+            snapshot, name = await self._library.supposed([text]), document.name
+        else:
+            snapshot = await self._library.current()
+        for revocation in snapshot.revocations.documents:
+            if revocation.name == name:
+                return revocation
+        raise NotFound(Reason.NOT_FOUND, f"there is no Revocation {name}")
