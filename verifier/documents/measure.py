@@ -3,46 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
 from common.sev.abi import DIGEST_SIZE, PACKET_MAX_SIZE
 from common.sev.digest.cpus import CpuType, parse_cpu
 from common.sev.digest.vmsa import VCPUS_MAX, Flavour
 from common.sev.errors import ParseError
-from verifier.documents.form import DigestForm, MeasureForm, SpecForm
+from verifier.documents.form_workload import DigestForm, MeasureForm, SpecForm
+from verifier.documents.problems import HEX32, Problems
 from verifier.documents.workload import DIGESTS_MAX, Artefacts, ListedDigest
 
-HEX32 = re.compile(r"[0-9a-f]{64}")
 _RANGE = re.compile(r"(\d{1,3})-(\d{1,3})", re.ASCII)
 _LABEL_MAX = 128
 _SECRET_AREA_MIN = 32
-
-
-class Problems:
-    """What is wrong with a document, each with its path."""
-
-    def __init__(self) -> None:
-        self.found: list[str] = []
-
-    def add(self, path: str, message: str) -> None:
-        """One more."""
-        self.found.append(f"{path}: {message}")
-
-    def refuse_repeats(self, path: str, items: Iterable[object]) -> None:
-        """A problem for each item that was there before."""
-        seen: set[object] = set()
-        for item in items:
-            if item in seen:
-                self.add(path, f"{item} comes twice")
-            seen.add(item)
-
-    def file(self, where: str, folder: Path, text: str) -> Path:
-        """The path that `text` names, relative to the document's folder."""
-        if not text or "\0" in text:
-            self.add(where, "names no file")
-            return folder
-        return folder / text
 
 
 class MeasureReader:

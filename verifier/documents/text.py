@@ -116,3 +116,8 @@ def _parse_json(text: str) -> object:
         raise InvalidDocument(f"line {error.lineno}: {error.msg[:1].lower()}{error.msg[1:]}") from None
     except ValueError as error:  # a number of thousands of digits
         raise InvalidDocument(f"the text is not JSON: {error}") from None
+
+
+def spelled_as_json(text: bytes) -> bool:
+    """Whether a text without a file name is read as JSON: where it begins with a brace; else it is YAML."""
+    return text.lstrip(b" \t\r\n").startswith(b"{")
