@@ -63,6 +63,7 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
         references: what is accepted.
         secrets: what is released.
         notes: what the owner accepts with this launch, for the receipt.
+        recognized: the owner named this very chip, in the workload or in a Platform document.
     """
 
     workload: str
@@ -76,6 +77,7 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
     references: tuple[Reference, ...]
     secrets: tuple[SecretTerms, ...]
     notes: tuple[str, ...]
+    recognized: bool
 
     @property
     def guest_policy(self) -> GuestPolicy:
@@ -156,7 +158,9 @@ def listed_references(digests: Sequence[ListedDigest]) -> tuple[Reference, ...]:
     return tuple(Reference(digest=each.digest, label=each.label) for each in digests)
 
 
-def freeze(workload: Workload, *, generation: str, references: tuple[Reference, ...], secret_area: int) -> Terms:
+def freeze(
+    workload: Workload, *, generation: str, references: tuple[Reference, ...], secret_area: int, recognized: bool
+) -> Terms:
     """The terms of a launch of `workload` on a platform of `generation`, which the workload allows."""
     policy = workload.guest_policy(generation)
     return Terms(
@@ -174,4 +178,5 @@ def freeze(workload: Workload, *, generation: str, references: tuple[Reference, 
             for secret in workload.secrets
         ),
         notes=(*workload.risks, *GENERATIONS[generation].risks),
+        recognized=recognized,
     )

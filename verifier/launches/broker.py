@@ -8,29 +8,37 @@ Numbered steps of begin, repeated in the code:
 
 1. the clock is not far behind what is stored;
 2. the request id was not used before: if it was, for the same content, the stored answer is given again;
-3. the workload exists and names the caller;
+3. the workload exists, and the caller has authority to launch it: its own, or a grant;
 4. the platform is genuine;
 5. the platform is acceptable;
 6. the secrets would fit;
-7. keys are made, sealed and stored together with the launch, its terms, the request and the audit record.
+7. keys are made, sealed and stored together with the launch, its terms, the request, the grant's reservation and the
+   audit record.
+
+What was judged by documents that changed meanwhile is not stored: then everything is judged again.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from uuid import UUID
 
 from common.errors import LimitExceeded, NotFound, Reason, Refused
 from common.sev.certs.verify import VerifiedPlatform
+from verifier.appraisal import authority
 from verifier.appraisal.appraise import appraise_platform
-from verifier.appraisal.evidence import Finding, PlatformEvidence
+from verifier.appraisal.evidence import Finding
 from verifier.appraisal.reference import Terms, freeze
+from verifier.documents.grant import Grant
 from verifier.documents.workload import Workload
+from verifier.keys.base import launch_place
 from verifier.keys.session import fresh_session
-from verifier.launches.dependencies import Dependencies, refusal_for
+from verifier.launches import ledger
+from verifier.launches.dependencies import Dependencies, changing, refusal_for
+from verifier.launches.gather import Documents, platform_evidence
 from verifier.launches.launch import AbandonRequest, BeginRequest, Begun, Launch, view
 from verifier.launches.records import AuditEvent
 from verifier.launches.state import Event, State, after, ended
@@ -43,12 +51,24 @@ from verifier.launches.steps import (
     owned_launch,
     require_room,
     reused,
-    unknown_launch,
+    settle,
 )
-from verifier.library.library import Prepared
-from verifier.store.rows import LaunchRow, Move, Opening, Outcome, RequestKey, RequestRow, SealedKeys
+from verifier.store.rows import LaunchRow, Move, Opening, Outcome, RequestKey, RequestRow, SealedKeys, Spending
 
 _SWEEP_MAX = 500  # launches that one sweep ends, so that no transaction waits long behind it
+# An owner changes documents by hand or by a pipeline: who meets this many changes in a row asks again.
+JUDGED_MAX = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Candidate:
+    """A launch that may begin, judged by documents that may have changed since."""
+
+    documents: Documents
+    workload: Workload
+    grant: Grant | None
+    platform: VerifiedPlatform
+    terms: Terms
 
 
 class Broker:
@@ -64,40 +84,43 @@ class Broker:
         """Open a launch, or give the answer to this request again.
 
         Raises:
-            InvalidInput: the request id was used with other content, the chain is malformed, or the workload cannot be
-                used now.
+            InvalidInput: the request id was used with other content, the chain is malformed, the workload cannot be
+                used now, or several grants could be spent.
             NotFound: there is no such workload or grant.
-            Refused: the workload does not name the caller, or the platform is not genuine or not acceptable.
+            Refused: the caller has no authority, its grant cannot be spent, or the platform is not genuine or not
+                acceptable.
             WrongState: the secrets do not fit; the clock is behind; or, on a repeat, the launch has ended.
-            LimitExceeded: the caller has too many open launches.
-            Unavailable: the key service, a secret's source or the store has no answer; nothing was begun.
+            LimitExceeded: the caller or the grant has too many open launches, or begins too many in a time.
+            Unavailable: the key service, a secret's source, the sealing key or the store has no answer; nothing was
+                begun.
         """
-        now = self._d.time.now_for_decisions()  # step 1
-        content = request.content()
         key = RequestKey(caller=request.caller, method=BEGIN, request_id=request.request_id)
-        earlier = await self._d.store.request(key)  # step 2
-        if earlier is not None:
-            return await self._begun_again(earlier, content, now)
-        prepared = await self._workload(request, now)  # step 3
-        platform = await self._genuine(request, now)  # step 4
-        await self._acceptable(request, prepared.workload, platform, now)  # step 5
-        terms = freeze(
-            prepared.workload,
-            generation=platform.generation,
-            references=prepared.references,
-            secret_area=prepared.secret_area,
-        )
-        await self._fits(prepared.workload, terms)  # step 6
-        self._d.on_step("begin:judged")
-        return await self._open(  # step 7
-            request=request,
-            key=key,
-            content=content,
-            workload=prepared.workload,
-            terms=terms,
-            platform=platform,
-            now=now,
-        )
+        content = request.content()
+        swept = False
+        for _ in range(JUDGED_MAX):
+            now = await self._d.time.now_for_decisions()  # step 1
+            earlier = await self._d.store.request(key)  # step 2
+            if earlier is not None:
+                return await self._begun_again(earlier, content, now)
+            candidate = await self._judge(request, now)  # steps 3 to 6
+            self._d.on_step("begin:judged")
+            try:
+                begun = await self._open(
+                    request=request, key=key, content=content, candidate=candidate, now=now
+                )  # step 7
+            except LimitExceeded as error:
+                # Launches whose time ran out still hold their reservations until somebody looks.
+                if swept or error.reason is not Reason.GRANT_BUSY or not await self._sweep(candidate.grant, now):
+                    self._d.records.log_refusal("launch.begin_postponed", request.caller, error)
+                    raise
+                swept = True
+            except Refused as error:
+                finding = authority.finding(error)
+                raise await self._refuse_begin(request, [finding], now, platform=candidate.platform) from error
+            else:
+                if begun is not None:
+                    return begun
+        raise changing()
 
     async def _begun_again(self, earlier: RequestRow, content: bytes, now: datetime) -> Begun:
         if earlier.content != content:
@@ -111,30 +134,48 @@ class Broker:
             raise ended(State.EXPIRED)
         return _begun(row)
 
-    async def _workload(self, request: BeginRequest, now: datetime) -> Prepared:
-        if request.grant is not None:
-            # Grants have a place in the contract ahead of their service: one that does not exist cannot be spent.
-            raise NotFound(Reason.NOT_FOUND, "there is no such grant", field="grant")
-        # Before any file is looked at: a caller that a workload does not name makes no work for it.
-        document = self._d.workloads.document(request.workload)
-        if document is None:
-            raise _no_workload()
-        await self._require_named(request, document, now)
-        prepared = await self._d.workloads.in_force(request.workload)
-        if prepared is None:
-            raise _no_workload()
-        # Another set may have come into force while files were measured.
-        await self._require_named(request, prepared.workload, now)
-        return prepared
+    async def _judge(self, request: BeginRequest, now: datetime) -> _Candidate:
+        documents = await self._d.library.current()
+        workload, grant = await self._authority(request, documents, now)  # step 3
+        platform = await self._genuine(request, now)  # step 4
+        evidence = platform_evidence(  # step 5
+            documents=documents,
+            denied=self._d.denied,
+            workload=workload,
+            grant=grant,
+            platform=platform,
+            chip_id=request.chip_id,
+            caller=request.caller,
+        )
+        findings = appraise_platform(evidence)
+        if findings:
+            raise await self._refuse_begin(request, findings, now, platform=platform)
+        # Only now is a file looked at: a caller without authority makes no work for it.
+        prepared = await self._d.library.prepared(documents, workload)
+        terms = freeze(
+            workload,
+            generation=platform.generation,
+            references=prepared.references,
+            secret_area=prepared.secret_area,
+            recognized=workload.chips is not None or evidence.known is not None,
+        )
+        sizes = await self._d.secrets.sizes(workload.secrets)
+        require_room(workload.table_size(sizes), terms.secret_area)  # step 6
+        return _Candidate(documents=documents, workload=workload, grant=grant, platform=platform, terms=terms)
 
-    async def _require_named(self, request: BeginRequest, workload: Workload, now: datetime) -> None:
-        if request.caller not in workload.callers:
-            finding = Finding(
-                rule="workload.caller",
-                reason=Reason.CALLER_NOT_ALLOWED,
-                message=f"{workload.name} {workload.version} does not name this caller",
+    async def _authority(
+        self, request: BeginRequest, documents: Documents, now: datetime
+    ) -> tuple[Workload, Grant | None]:
+        workload = documents.workload(request.workload)
+        if workload is None:
+            raise NotFound(Reason.NOT_FOUND, "there is no such workload", field="workload")
+        try:
+            grant = authority.choose(
+                workload=workload, caller=request.caller, named=request.grant, grants=documents.grants, now=now
             )
-            raise await self._refuse_begin(request, [finding], now, platform=None)
+        except Refused as error:
+            raise await self._refuse_begin(request, [authority.finding(error)], now, platform=None) from error
+        return workload, grant
 
     async def _genuine(self, request: BeginRequest, now: datetime) -> VerifiedPlatform:
         try:
@@ -142,23 +183,6 @@ class Broker:
         except Refused as error:
             finding = Finding(rule="platform.genuine", reason=error.reason, message=error.message)
             raise await self._refuse_begin(request, [finding], now, platform=None) from error
-
-    async def _acceptable(
-        self, request: BeginRequest, workload: Workload, platform: VerifiedPlatform, now: datetime
-    ) -> None:
-        fingerprint = platform.chip_fingerprint.hex()
-        findings = appraise_platform(
-            PlatformEvidence(
-                generation=platform.generation,
-                fingerprint=fingerprint,
-                denied=self._d.denied.why(fingerprint, request.chip_id),
-                generations=workload.generations,
-                chips=workload.chips,
-                floor_known=platform.generation in workload.floors,
-            )
-        )
-        if findings:
-            raise await self._refuse_begin(request, findings, now, platform=platform)
 
     async def _refuse_begin(
         self, request: BeginRequest, findings: Sequence[Finding], now: datetime, platform: VerifiedPlatform | None
@@ -171,36 +195,28 @@ class Broker:
             reason=findings[0].reason,
             findings=findings,
             workload=request.workload,
-            platform=None if platform is None else _platform(platform.generation, platform.chip_fingerprint.hex()),
+            grant=request.grant,
+            platform=None if platform is None else self._platform(platform),
         )
         await self._d.store.record(row)
         self._d.time.stored(now)
         self._d.records.log(row)
         return refusal_for(findings, row.audit_id)
 
-    async def _fits(self, workload: Workload, terms: Terms) -> None:
-        require_room(workload.table_size(await self._d.secrets.sizes(workload.secrets)), terms.secret_area)
-
     async def _open(
-        self,
-        *,
-        request: BeginRequest,
-        key: RequestKey,
-        content: bytes,
-        workload: Workload,
-        terms: Terms,
-        platform: VerifiedPlatform,
-        now: datetime,
-    ) -> Begun:
-        launch_id = self._d.new_id()
+        self, *, request: BeginRequest, key: RequestKey, content: bytes, candidate: _Candidate, now: datetime
+    ) -> Begun | None:
+        """Write the launch down; None where the documents changed meanwhile."""
+        launch_id, workload, terms, platform = self._d.new_id(), candidate.workload, candidate.terms, candidate.platform
         session, keys = fresh_session(platform.chain.pdh, terms.guest_policy, self._d.random)
         sealed = SealedKeys(
             key_id=self._d.sealing.key_id,
-            tek=self._d.sealing.seal(keys.tek, launch_id=launch_id, column=TEK_COLUMN),
-            tik=self._d.sealing.seal(keys.tik, launch_id=launch_id, column=TIK_COLUMN),
+            tek=self._d.sealing.seal(keys.tek, launch_place(launch_id, TEK_COLUMN)),
+            tik=self._d.sealing.seal(keys.tik, launch_place(launch_id, TIK_COLUMN)),
         )
         terms_id, body = terms.encode()
         chain = platform.chain.to_bytes()
+        grant = candidate.grant
         row = LaunchRow(
             launch_id=launch_id,
             caller=request.caller,
@@ -218,6 +234,9 @@ class Broker:
             keys=sealed,
             create_time=now,
             expire_time=now + workload.lifetime,
+            grant=None if grant is None else grant.name,
+            chip_id=request.chip_id.hex() or None,
+            oca=platform.chain.oca.fingerprint.hex(),
         )
         audit = self._d.records.row(
             AuditEvent.BEGUN,
@@ -225,7 +244,8 @@ class Broker:
             caller=request.caller,
             launch_id=launch_id,
             workload=_workload(workload),
-            platform=_platform(row.generation, row.fingerprint),
+            grant=None if grant is None else {"name": grant.name, "version": grant.version},
+            platform=self._platform(platform),
             pdh_fingerprint=row.pdh_fingerprint.hex(),
             policy=str(terms.guest_policy),
             launch_digests=len(terms.references),
@@ -240,22 +260,36 @@ class Broker:
                 request=RequestRow(key=key, content=content, launch_id=launch_id),
                 audit=audit,
                 open_cap=self._d.open_cap,
+                revision=candidate.documents.revision,
+                spending=None
+                if grant is None
+                else Spending(grant=grant.name, change=lambda ledger_row: ledger.begin(ledger_row, grant, now)),
             )
         )
         if outcome is Outcome.CAP_REACHED:
             raise LimitExceeded(
                 Reason.TOO_MANY_LAUNCHES, f"the caller has {self._d.open_cap} open launches, which is all it may have"
             )
-        if outcome is Outcome.REQUEST_TAKEN:
-            # The same request came twice at once; the other one was first.
-            earlier = await self._d.store.request(key)
-            if earlier is None:
-                raise unknown_launch()
-            return await self._begun_again(earlier, content, now)
+        if outcome is not Outcome.DONE:
+            # The same request came twice at once and the other one was first; or the documents changed.
+            return None
         self._d.time.stored(now)
         self._d.records.log(audit)
         self._d.on_step("begin:stored")
         return _begun(row)
+
+    async def _sweep(self, grant: Grant | None, now: datetime) -> int:
+        """End the launches of a grant whose time has run out; how many."""
+        if grant is None:
+            return 0
+        due = await self._d.store.overdue(now, State.OPEN.value, _SWEEP_MAX, grant=grant.name)
+        return sum([await expire(self._d, launch_id, now) for launch_id in due])
+
+    def _platform(self, platform: VerifiedPlatform) -> dict[str, str]:
+        return {
+            "generation": platform.generation,
+            "chip": self._d.pseudonyms.of(platform.chip_fingerprint.hex()),
+        }
 
     # Reading and ending.
 
@@ -266,7 +300,7 @@ class Broker:
             NotFound: there is none, or it is somebody else's.
             Unavailable: the store has no answer.
         """
-        return view(await owned_launch(self._d, launch_id, caller, self._d.time.now()))
+        return view(await owned_launch(self._d, launch_id, caller, await self._d.time.now()))
 
     async def abandon(self, request: AbandonRequest) -> Launch:
         """Give a launch up; its keys are erased.
@@ -277,7 +311,7 @@ class Broker:
             WrongState: the launch has ended already; the reason says how.
             Unavailable: the store has no answer; nothing was changed.
         """
-        now = self._d.time.now()
+        now = await self._d.time.now()
         content = request.content()
         key = RequestKey(caller=request.caller, method=ABANDON, request_id=request.request_id)
         row = await owned_launch(self._d, request.launch_id, request.caller, now)
@@ -301,6 +335,7 @@ class Broker:
             reason=None if request.reason is None else request.reason.value,
             request=RequestRow(key=key, content=content, launch_id=row.launch_id),
             audit=audit,
+            spending=settle(row, ledger.returned),
         )
         self._d.on_step("abandon:judged")
         outcome = await self._d.store.move(move)
@@ -322,13 +357,9 @@ class Broker:
 
     async def expire_overdue(self) -> int:
         """End the launches whose time has run out, erasing their keys; how many."""
-        now = self._d.time.now()
+        now = await self._d.time.now()
         due = await self._d.store.overdue(now, State.OPEN.value, _SWEEP_MAX)
         return sum([await expire(self._d, launch_id, now) for launch_id in due])
-
-
-def _no_workload() -> NotFound:
-    return NotFound(Reason.NOT_FOUND, "there is no such workload", field="workload")
 
 
 def _begun(row: LaunchRow) -> Begun:
@@ -343,7 +374,3 @@ def _begun(row: LaunchRow) -> Begun:
 
 def _workload(workload: Workload) -> dict[str, str]:
     return {"name": workload.name, "version": workload.version, "document_sha256": workload.sha256}
-
-
-def _platform(generation: str, fingerprint: str) -> dict[str, str]:
-    return {"generation": generation, "fingerprint": fingerprint}

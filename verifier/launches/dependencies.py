@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import Protocol
 from uuid import UUID
 
-from common.errors import Reason, Refused
+from common.errors import Reason, Refused, Unavailable
 from common.sev.explain import Catalogue, Expected
 from verifier.appraisal.evidence import Finding
 from verifier.appraisal.reference import Terms
 from verifier.documents.workload import Workload
 from verifier.keys.base import SealingKey
+from verifier.keys.signer import Pseudonyms, Signer
+from verifier.launches.gather import Documents
 from verifier.launches.platforms import DenyList, PlatformVerifier
 from verifier.launches.records import Recorder
 from verifier.launches.timekeeper import Timekeeper
@@ -21,15 +23,24 @@ from verifier.secrets.base import SecretSource
 from verifier.store.base import Store
 
 
-class Workloads(Protocol):
-    """What the owner has on file; `verifier.library.Library` is this."""
+class Library(Protocol):
+    """What the owner has on file; `verifier.library.library.Library` is this."""
 
-    def document(self, name: str) -> Workload | None:
-        """The newest version of a workload."""
+    async def current(self) -> Documents:
+        """All documents as they stand now.
+
+        Raises:
+            InvalidInput: a document of the store that must not be overlooked cannot be read (INVALID_CONFIGURATION).
+            Unavailable: the store has no answer.
+        """
         ...
 
-    async def in_force(self, name: str) -> Prepared | None:
-        """The newest version of a workload with its artefacts measured."""
+    async def prepared(self, documents: Documents, workload: Workload) -> Prepared:
+        """A workload of these documents with its artefacts measured.
+
+        Raises:
+            InvalidInput: it cannot be used now (INVALID_CONFIGURATION); the owner's log says why.
+        """
         ...
 
     def expected(self, terms: Terms) -> tuple[Expected, ...]:
@@ -51,10 +62,13 @@ class Dependencies:
 
     Attributes:
         store: launches, requests, audit records.
-        workloads: the owner's documents.
+        library: the owner's documents.
         platforms: decides whether a platform is genuine.
         denied: the deny-list.
         sealing: seals TEK and TIK at rest.
+        signer: signs receipts.
+        pseudonyms: hide chips in records, logs and receipts.
+        issuer: who signs, as receipts name it.
         secrets: reads what is released.
         time: the time that launches live by.
         records: makes audit records.
@@ -66,10 +80,13 @@ class Dependencies:
     """
 
     store: Store
-    workloads: Workloads
+    library: Library
     platforms: PlatformVerifier
     denied: DenyList
     sealing: SealingKey
+    signer: Signer
+    pseudonyms: Pseudonyms
+    issuer: str
     secrets: SecretSource
     time: Timekeeper
     records: Recorder
@@ -88,6 +105,16 @@ _SENTENCES: dict[Reason, str] = {
     Reason.CHIP_REVOKED: "the chip is on the deny-list",
     Reason.FIRMWARE_TOO_OLD: "the platform's firmware is older than the owner accepts",
     Reason.MEASUREMENT_REFUSED: "the measurement is not one that the owner expects",
+    Reason.GRANT_REQUIRED: "no grant covers this workload and caller",
+    Reason.GRANT_SUSPENDED: "the grant is suspended",
+    Reason.GRANT_EXPIRED: "the grant's time is over",
+    Reason.GRANT_NOT_YET_VALID: "the grant's time has not come",
+    Reason.GRANT_EXHAUSTED: "the grant's launches are used up",
+    Reason.HOST_NOT_IN_POOL: "the grant is not for this platform",
+    Reason.HOST_NOT_FOR_CALLER: "the platform is not for this caller",
+    Reason.PLATFORM_OWNER_NOT_ALLOWED: "the workload does not allow this platform's owner",
+    Reason.REVOKED: "the platform, its firmware or the workload was revoked",
+    Reason.PDH_PREDATES_FIRMWARE: "the platform's PDH was used under older firmware: make new platform keys",
     Reason.REPORT_REFUSED: "the attestation report is not one that the owner accepts",
     Reason.BAD_SIGNATURE: "a signature does not verify",
     Reason.UNTRUSTED_ROOT: "the chain does not lead to a trusted root",
@@ -104,3 +131,8 @@ def refusal(reason: Reason, audit_id: UUID) -> Refused:
 def refusal_for(findings: Sequence[Finding], audit_id: UUID) -> Refused:
     """The error for findings, of which the first is told."""
     return refusal(findings[0].reason, audit_id)
+
+
+def changing() -> Unavailable:
+    """The error for a decision that never caught up with the owner's documents."""
+    return Unavailable(Reason.STORE_UNAVAILABLE, "the owner's documents change faster than a launch is judged: repeat")

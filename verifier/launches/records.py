@@ -14,7 +14,7 @@ from uuid import UUID
 
 import msgspec
 
-from common.errors import Reason
+from common.errors import Reason, SevattestError
 from common.telemetry.log import Log
 from verifier.appraisal.evidence import Finding
 from verifier.store.rows import AuditRow
@@ -93,3 +93,7 @@ class Recorder:
             reason=row.reason,
             record=msgspec.json.decode(row.body),
         )
+
+    def log_refusal(self, event: str, caller: str, error: SevattestError) -> None:
+        """Write the line of a refusal that passes by itself, and of which no record is kept: nobody could read them."""
+        self._log.warning(event, caller=caller, reason=error.reason, text=error.message)

@@ -5,14 +5,15 @@ Numbered steps, repeated in the code:
 1. the clock is not far behind what is stored;
 2. the launch exists and is the caller's;
 3. the request id was not used before: if it was, for the same content, the same answer is given again, after another
-   look at the deny-list and for the workload, until 24 hours after release;
+   look at what the owner has taken back, until 24 hours after release;
 4. the launch is open and in time;
 5. its keys are unsealed, and the measurement is tried against every digest that was frozen for it, under the frozen
    policy: nothing that the host says selects or adds anything;
 6. the rules are asked; whatever they find spends the launch: keys erased, findings and explanation recorded;
 7. the secrets are read and the packet is built, in memory; a source without an answer spends nothing;
 8. one transaction moves the launch from open to released by compare-and-set, keeps packet and receipt, erases the keys,
-   writes the audit record and the request; who loses the race starts over at step 2 and finds what the winner left.
+   consumes the grant's reservation, writes the audit record and the request; who loses the race starts over at step 2
+   and finds what the winner left, and so does whoever judged by documents that changed meanwhile.
 
 A launch is decided behind a lock of its own, but only so that one explanation is searched at a time: what keeps a
 second packet from leaving is the compare-and-set of step 8.
@@ -24,20 +25,26 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
+from importlib.metadata import version
 from typing import Any
 from uuid import UUID
 from weakref import WeakValueDictionary
 
+from common.audit.jws import RECEIPT_TYPE
 from common.errors import Reason
 from common.sev.abi import MINIMUM_API
-from common.sev.measurement import match
+from common.sev.measurement import FirmwareVersion, match
 from common.sev.secret import SecretPacket
 from common.sev.session import LaunchKeys
 from verifier.appraisal.appraise import appraise_launch, appraise_standing
-from verifier.appraisal.evidence import Finding, LaunchEvidence, StandingEvidence
+from verifier.appraisal.evidence import Finding
 from verifier.appraisal.explain import NOT_SEARCHED, Account, account_for, account_for_replay
 from verifier.appraisal.reference import Reference, Terms, decode_terms
-from verifier.launches.dependencies import Dependencies, refusal, refusal_for
+from verifier.keys.base import launch_place
+from verifier.launches import ledger
+from verifier.launches.broker import JUDGED_MAX
+from verifier.launches.dependencies import Dependencies, changing, refusal, refusal_for
+from verifier.launches.gather import Documents, launch_evidence, standing_evidence
 from verifier.launches.launch import Released, ReleaseRequest, view
 from verifier.launches.records import AuditEvent
 from verifier.launches.state import Event, State, after, ended
@@ -48,12 +55,16 @@ from verifier.launches.steps import (
     TIK_COLUMN,
     expire,
     reused,
+    settle,
     unknown_launch,
 )
-from verifier.secrets.release import LISTED, NOT_MEASURED, build_packet, generated_secrets, write_receipt
-from verifier.store.rows import LaunchRow, Move, Outcome, Packet, RequestKey, RequestRow
+from verifier.secrets.receipt import receipt_claims
+from verifier.secrets.release import LISTED, NOT_MEASURED, build_packet, generated_secrets
+from verifier.store.rows import LaunchRow, Move, Outcome, Packet, PdhSighting, RequestKey, RequestRow
 
 REPEATS = timedelta(hours=24)
+EMULATED = "emulated"
+BUILD = f"sev-verifier {version('sevattest')}"
 # A search takes about a second of one core; whoever waits longer for its turn is recorded without one.
 EXPLAIN_WAIT_S = 5.0
 
@@ -68,6 +79,8 @@ class _Case:
     row: LaunchRow
     terms: Terms
     keys: LaunchKeys
+    documents: Documents
+    pdh_oldest: tuple[int, int, int] | None
     now: datetime
 
 
@@ -85,7 +98,8 @@ class Releaser:
 
         Raises:
             NotFound: there is no such launch, or it is somebody else's; nothing was spent.
-            InvalidInput: the request id was used with other content; nothing was spent.
+            InvalidInput: the request id was used with other content, or a document of the owner's cannot be read;
+                nothing was spent.
             Refused: the measurement, the firmware or the chip is not accepted; the launch is spent.
             WrongState: the launch has ended already, or its time ran out; the secrets do not fit or the clock is
                 behind, and nothing was spent.
@@ -95,8 +109,8 @@ class Releaser:
         content = request.content()
         lock = self._locks.setdefault(request.launch_id, asyncio.Lock())
         async with lock:
-            while True:
-                now = self._d.time.now_for_decisions()  # step 1
+            for _ in range(JUDGED_MAX):
+                now = await self._d.time.now_for_decisions()  # step 1
                 row = await self._d.store.launch(request.launch_id)  # step 2
                 if row is None or row.caller != request.caller:
                     raise unknown_launch()
@@ -114,6 +128,7 @@ class Releaser:
                 released = await self._decide(await self._case(request, key, content, row, now))
                 if released is not None:
                     return released
+            raise changing()
 
     async def _again(self, row: LaunchRow, now: datetime) -> Released:
         """The answer that this request got before."""
@@ -121,9 +136,14 @@ class Releaser:
             raise refusal(Reason(row.reason), row.audit_id)
         if row.state != State.RELEASED or row.packet is None or row.end_time is None or now - row.end_time >= REPEATS:
             raise ended(State(row.state))
-        findings = appraise_standing(
-            StandingEvidence(denied=self._d.denied.why(row.fingerprint), withdrawn=self._withdrawn(row))
+        documents = await self._d.library.current()
+        evidence = standing_evidence(
+            documents=documents,
+            denied=self._d.denied,
+            row=row,
+            firmware=None if row.firmware is None else FirmwareVersion(*row.firmware),
         )
+        findings = appraise_standing(evidence)
         if findings:
             audit = self._d.records.row(
                 AuditEvent.REPEAT_REFUSED,
@@ -139,9 +159,6 @@ class Releaser:
             raise refusal_for(findings, audit.audit_id)
         return _released(row, row.packet)
 
-    def _withdrawn(self, row: LaunchRow) -> bool:
-        return self._d.workloads.document(row.workload) is None
-
     async def _case(
         self, request: ReleaseRequest, key: RequestKey, content: bytes, row: LaunchRow, now: datetime
     ) -> _Case:
@@ -149,11 +166,22 @@ class Releaser:
         assert sealed is not None  # noqa: S101 -- the store's schema: an open launch has keys
         unseal, launch_id = self._d.sealing.unseal, row.launch_id
         keys = LaunchKeys(
-            tek=unseal(sealed.tek, launch_id=launch_id, column=TEK_COLUMN),
-            tik=unseal(sealed.tik, launch_id=launch_id, column=TIK_COLUMN),
+            tek=unseal(sealed.tek, launch_place(launch_id, TEK_COLUMN)),
+            tik=unseal(sealed.tik, launch_place(launch_id, TIK_COLUMN)),
         )
         terms = decode_terms(await self._d.store.terms(row.terms_id))
-        return _Case(request=request, key=key, content=content, row=row, terms=terms, keys=keys, now=now)
+        documents = await self._d.library.current()
+        return _Case(
+            request=request,
+            key=key,
+            content=content,
+            row=row,
+            terms=terms,
+            keys=keys,
+            documents=documents,
+            pdh_oldest=await self._d.store.sighted(row.pdh_fingerprint),
+            now=now,
+        )
 
     async def _decide(self, case: _Case) -> Released | None:
         """Release or refuse; None where another request has ended the launch meanwhile."""
@@ -167,16 +195,16 @@ class Releaser:
                 policy=terms.guest_policy,
                 digests=terms.digests,
             )
-        findings = appraise_launch(  # step 6
-            LaunchEvidence(
-                matched=matched,
-                firmware=request.firmware,
-                floor=terms.firmware_floor,
-                generation=terms.generation,
-                denied=self._d.denied.why(case.row.fingerprint),
-                withdrawn=self._withdrawn(case.row),
-            )
+        evidence = launch_evidence(  # step 6
+            documents=case.documents,
+            denied=self._d.denied,
+            row=case.row,
+            terms=terms,
+            matched=matched,
+            firmware=request.firmware,
+            pdh_oldest=case.pdh_oldest,
         )
+        findings = appraise_launch(evidence)
         self._d.on_step("release:judged")
         if findings or matched is None:
             await self._refuse(case, findings)
@@ -192,7 +220,7 @@ class Releaser:
         )
         self._d.on_step("release:packet-built")
         # A source may take its time: what counts is when the secret leaves.
-        case = replace(case, now=self._d.time.now_for_decisions())
+        case = replace(case, now=await self._d.time.now_for_decisions())
         return await self._hand_out(case, terms.references[matched], packet, generated_secrets(specs, entries))
 
     async def _hand_out(
@@ -209,7 +237,8 @@ class Releaser:
             launch_id=launch_id,
             audit_id=audit_id,
             workload=_workload(case.terms),
-            platform=_platform(row),
+            grant=row.grant,
+            platform=self._platform(row),
             policy=str(case.terms.guest_policy),
             firmware=str(case.request.firmware),
             shape=_shape(case.terms, reference),
@@ -228,9 +257,13 @@ class Releaser:
             packet=packet,
             generated=None
             if generated is None
-            else self._d.sealing.seal(generated, launch_id=launch_id, column=GENERATED_COLUMN),
+            else self._d.sealing.seal(generated, launch_place(launch_id, GENERATED_COLUMN)),
             request=RequestRow(key=case.key, content=case.content, launch_id=launch_id),
             audit=audit,
+            revision=case.documents.revision,
+            spending=settle(row, ledger.released),
+            firmware=case.request.firmware,
+            sighting=PdhSighting(pdh_fingerprint=row.pdh_fingerprint, firmware=case.request.firmware),
         )
         if not await self._commit(move):
             return None
@@ -248,7 +281,8 @@ class Releaser:
             reason=reason,
             findings=findings,
             workload=_workload(case.terms),
-            platform=_platform(row),
+            grant=row.grant,
+            platform=self._platform(row),
             policy=str(case.terms.guest_policy),
             claimed_firmware=str(case.request.firmware),
             explanation=None if account is None else asdict(account),
@@ -263,6 +297,9 @@ class Releaser:
             measurement=case.request.blob.to_bytes(),
             request=RequestRow(key=case.key, content=case.content, launch_id=row.launch_id),
             audit=audit,
+            revision=case.documents.revision,
+            spending=settle(row, ledger.refused),
+            firmware=case.request.firmware,
         )
         if await self._commit(move):
             raise refusal_for(findings, audit.audit_id)
@@ -286,8 +323,8 @@ class Releaser:
                 keys=case.keys,
                 firmware=case.request.firmware,
                 terms=case.terms,
-                expected=self._d.workloads.expected(case.terms),
-                catalogue=self._d.workloads.catalogue(),
+                expected=self._d.library.expected(case.terms),
+                catalogue=self._d.library.catalogue(),
             )
         finally:
             self._explaining.release()
@@ -304,21 +341,35 @@ class Releaser:
         return (*terms.notes, *(single if self._d.single_ca else ()))
 
     def _receipt(self, case: _Case, reference: Reference, audit_id: UUID) -> str:
-        terms = case.terms
-        return write_receipt(
-            launch_id=case.row.launch_id,
+        terms, row = case.terms, case.row
+        claims = receipt_claims(
+            issuer=self._d.issuer,
+            build=BUILD,
+            launch_id=row.launch_id,
             audit_id=audit_id,
             time=case.now,
-            caller=case.row.caller,
+            caller=row.caller,
+            grant=row.grant,
             workload=_workload(terms),
             policy=terms.guest_policy,
             shape=_shape(terms, reference),
             digest=reference.digest,
             firmware=case.request.firmware,
-            platform=_platform(case.row),
+            generation=row.generation,
+            emulated=row.generation == EMULATED,
+            chip=self._d.pseudonyms.of(row.fingerprint),
+            recognized=terms.recognized,
             guids=[secret.guid for secret in terms.secrets],
             notes=self._notes(terms),
         )
+        return self._d.signer.sign(claims, typ=RECEIPT_TYPE)
+
+    def _platform(self, row: LaunchRow) -> dict[str, Any]:
+        return {
+            "generation": row.generation,
+            "emulated": row.generation == EMULATED,
+            "chip": self._d.pseudonyms.of(row.fingerprint),
+        }
 
 
 def _released(row: LaunchRow, packet: Packet) -> Released:
@@ -335,11 +386,3 @@ def _shape(terms: Terms, reference: Reference) -> dict[str, Any]:
 
 def _workload(terms: Terms) -> dict[str, str]:
     return {"name": terms.workload, "version": terms.version, "document_sha256": terms.document}
-
-
-def _platform(row: LaunchRow) -> dict[str, Any]:
-    return {
-        "generation": row.generation,
-        "emulated": row.generation == "emulated",
-        "fingerprint": row.fingerprint,
-    }

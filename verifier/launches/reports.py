@@ -44,7 +44,7 @@ class ReportVerifier:
             Refused: BAD_SIGNATURE or REPORT_REFUSED.
             Unavailable: the store has no answer.
         """
-        now = self._d.time.now()
+        now = await self._d.time.now()
         row = await owned_launch(self._d, launch_id, caller, now)  # step 1
         if row.state == State.OPEN:
             raise WrongState(Reason.WRONG_STATE, "the launch has not released its secrets yet")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import datetime
 from uuid import UUID
 
 from common.errors import InvalidInput, NotFound, Reason, WrongState
 from common.sev.abi import PACKET_MAX_SIZE
+from verifier.launches import ledger
 from verifier.launches.dependencies import Dependencies
 from verifier.launches.records import AuditEvent
 from verifier.launches.state import Event, State, after
-from verifier.store.rows import LaunchRow, Move, Outcome
+from verifier.store.rows import LaunchRow, LedgerRow, Move, Outcome, Spending
 
 # Scopes of request ids, stored: they are for ever.
 BEGIN, RELEASE, ABANDON = "BeginLaunch", "ReleaseSecret", "AbandonLaunch"
@@ -49,6 +51,9 @@ async def owned_launch(dependencies: Dependencies, launch_id: UUID, caller: str,
 
 async def expire(dependencies: Dependencies, launch_id: UUID, now: datetime) -> bool:
     """End an open launch whose time has run out, erasing its keys; whether it was this call that did it."""
+    row = await dependencies.store.launch(launch_id)
+    if row is None:
+        return False
     audit = dependencies.records.row(AuditEvent.EXPIRED, time=now, caller=None, launch_id=launch_id)
     move = Move(
         launch_id=launch_id,
@@ -57,12 +62,18 @@ async def expire(dependencies: Dependencies, launch_id: UUID, now: datetime) -> 
         time=now,
         overdue=True,
         audit=audit,
+        spending=settle(row, ledger.returned),
     )
     done = await dependencies.store.move(move) is Outcome.DONE
     if done:
         dependencies.time.stored(now)
         dependencies.records.log(audit)
     return done
+
+
+def settle(row: LaunchRow, change: Callable[[LedgerRow], LedgerRow]) -> Spending | None:
+    """What the end of a launch does to its grant's ledger."""
+    return None if row.grant is None else Spending(grant=row.grant, change=change)
 
 
 def require_room(table_size: int, area_size: int) -> None:

@@ -1,12 +1,13 @@
 """The verifier's time: never before what any stored transaction saw, and no decisions while the clock is far behind.
 
-Time is max(clock, last stored), so that a clock that steps back brings no expired launch back to life. A clock more
-than ten minutes behind what is stored is broken (or the store is from the future): begin and release are refused with
-CLOCK_SKEW until it has caught up.
+Time is max(clock, last stored), so that a clock that steps back brings no expired launch back to life, also where the
+last transaction was another replica's. A clock more than ten minutes behind what is stored is broken (or the store is
+from the future): begin and release are refused with CLOCK_SKEW until it has caught up.
 """
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta
 
 from common.clock import Clock
@@ -18,29 +19,44 @@ SKEW_MAX = timedelta(minutes=10)
 class Timekeeper:
     """Tells the time that launches live by."""
 
-    def __init__(self, clock: Clock, last: datetime | None) -> None:
-        """Start from the machine's clock and the latest stored time."""
+    def __init__(self, clock: Clock, last: Callable[[], Awaitable[datetime | None]]) -> None:
+        """Take the machine's clock, and what asks the store for its latest time."""
         self._clock = clock
-        self._last = last
+        self._ask = last
+        self._last: datetime | None = None
 
-    def now(self) -> datetime:
-        """The time, for what may happen whatever the clock says: reading, giving up, expiring."""
-        clock = self._clock.now()
-        return clock if self._last is None else max(clock, self._last)
+    async def now(self) -> datetime:
+        """The time, for what may happen whatever the clock says: reading, giving up, expiring.
 
-    def now_for_decisions(self) -> datetime:
+        Raises:
+            Unavailable: the store has no answer.
+        """
+        return self._later(self._clock.now(), await self._latest())
+
+    async def now_for_decisions(self) -> datetime:
         """The time, for begin and release.
 
         Raises:
             WrongState: the clock is more than ten minutes behind what was stored (CLOCK_SKEW).
+            Unavailable: the store has no answer.
         """
-        clock = self._clock.now()
-        if self._last is not None and self._last - clock > SKEW_MAX:
+        clock, last = self._clock.now(), await self._latest()
+        if last is not None and last - clock > SKEW_MAX:
             raise WrongState(
                 Reason.CLOCK_SKEW, "the verifier's clock went backwards, it decides nothing until it has caught up"
             )
-        return self.now()
+        return self._later(clock, last)
 
     def stored(self, time: datetime) -> None:
         """Take note of a time that a transaction carried."""
         self._last = time if self._last is None else max(self._last, time)
+
+    async def _latest(self) -> datetime | None:
+        stored = await self._ask()
+        if stored is not None:
+            self.stored(stored)
+        return self._last
+
+    @staticmethod
+    def _later(clock: datetime, last: datetime | None) -> datetime:
+        return clock if last is None else max(clock, last)
