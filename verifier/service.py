@@ -26,7 +26,7 @@ from verifier.launches.state import State
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 
-_STATES = {
+STATES = {
     State.OPEN: verifier_service_pb2.LAUNCH_STATE_OPEN,
     State.RELEASED: verifier_service_pb2.LAUNCH_STATE_RELEASED,
     State.REFUSED: verifier_service_pb2.LAUNCH_STATE_REFUSED,
@@ -64,7 +64,7 @@ class VerifierServicer(verifier_service_pb2_grpc.VerifierServiceServicer):
             )
         )
         return verifier_service_pb2.BeginLaunchResponse(
-            launch=_launch(begun.launch),
+            launch=launch_message(begun.launch),
             policy=begun.policy,
             godh=begun.godh,
             session=begun.session,
@@ -91,7 +91,7 @@ class VerifierServicer(verifier_service_pb2_grpc.VerifierServiceServicer):
             header=released.header,
             payload=released.payload,
             receipt=released.receipt,
-            launch=_launch(released.launch),
+            launch=launch_message(released.launch),
         )
 
     async def AbandonLaunch(  # noqa: N802 -- the RPC's name
@@ -108,14 +108,14 @@ class VerifierServicer(verifier_service_pb2_grpc.VerifierServiceServicer):
                 )
             )
         )
-        return verifier_service_pb2.AbandonLaunchResponse(launch=_launch(launch))
+        return verifier_service_pb2.AbandonLaunchResponse(launch=launch_message(launch))
 
     async def GetLaunch(  # noqa: N802 -- the RPC's name
         self, request: verifier_service_pb2.VerifierServiceGetLaunchRequest, _context: _Context
     ) -> verifier_service_pb2.VerifierServiceGetLaunchResponse:
         """Read one launch."""
         launch = await shielded(self._broker.get(caller().spiffe_id, wire.launch_id(request.launch_id)))
-        return verifier_service_pb2.VerifierServiceGetLaunchResponse(launch=_launch(launch))
+        return verifier_service_pb2.VerifierServiceGetLaunchResponse(launch=launch_message(launch))
 
     async def VerifyReport(  # noqa: N802 -- the RPC's name
         self, request: verifier_service_pb2.VerifyReportRequest, _context: _Context
@@ -141,12 +141,13 @@ def _chip_id(chip_id: bytes) -> bytes:
     return wire.exactly("platform.chip_id", chip_id, CHIP_ID_SIZE) if chip_id else b""
 
 
-def _launch(launch: Launch) -> verifier_service_pb2.Launch:
+def launch_message(launch: Launch) -> verifier_service_pb2.Launch:
+    """A launch as its caller may see it."""
     return verifier_service_pb2.Launch(
         launch_id=str(launch.launch_id),
         workload=launch.workload,
         workload_version=launch.workload_version,
-        state=_STATES[launch.state],
+        state=STATES[launch.state],
         reason=wire.reason_to_proto(launch.reason),
         create_time=wire.timestamp(launch.create_time),
         expire_time=wire.timestamp(launch.expire_time),
