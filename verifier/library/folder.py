@@ -4,46 +4,73 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from verifier.documents.reader import parse_workload
+from verifier.documents.platform import KnownPlatform
+from verifier.documents.reader import kind_of, read_document
 from verifier.documents.text import TEXT_MAX, InvalidDocument
-from verifier.documents.workload import Workload, version_order
+from verifier.documents.workload import version_order
+from verifier.library.documents import Entry
 
 SUFFIXES = (".yaml", ".yml", ".json")
 # Names per file, for a set that a person can still look after.
 FILES_MAX = 10_000
 
 
-def read_folder(folder: Path) -> Mapping[str, Sequence[Workload]]:
-    """All versions of all workloads, newest first.
+def read_folder(folder: Path) -> tuple[Entry, ...]:
+    """All versions of all documents in the folder.
 
     Raises:
         InvalidDocument: with every problem of every document; nothing of the set is usable then.
     """
     problems: list[str] = []
-    by_name: dict[str, dict[object, Workload]] = {}
+    entries: dict[tuple[str, str, object], Entry] = {}
     for path in _files(folder):
         try:
-            workload = parse_workload(_text(path), is_json=path.suffix == ".json", folder=path.parent, source=path.name)
+            entry = _entry(path)
         except InvalidDocument as error:
             problems += [f"{path.name}: {problem}" for problem in error.problems]
             continue
-        versions = by_name.setdefault(workload.name, {})
-        order = version_order(workload.version)
-        if (other := versions.get(order)) is not None:
+        place = (entry.kind, entry.name, version_order(entry.version))
+        if (other := entries.get(place)) is not None:
             problems.append(
-                f"{path.name}: metadata: {workload.name} {workload.version} is in {other.source} already, "
-                f"as {other.version}"
+                f"{path.name}: metadata: {entry.name} {entry.version} is in {other.file} already, as {other.version}"
             )
-        versions[order] = workload
+        entries[place] = entry
+    problems += _repeated_chips(tuple(entries.values()))
     if problems:
         raise InvalidDocument(*problems)
-    return {
-        name: tuple(sorted(versions.values(), key=lambda each: version_order(each.version), reverse=True))
-        for name, versions in by_name.items()
-    }
+    return tuple(entries.values())
+
+
+def _entry(path: Path) -> Entry:
+    text, is_json = _text(path), path.suffix == ".json"
+    document = read_document(text, is_json=is_json, folder=path.parent, source=path.name)
+    return Entry(
+        kind=kind_of(document),
+        name=document.name,
+        version=document.version,
+        text=text,
+        is_json=is_json,
+        file=path.name,
+        apply_time=None,
+        document=document,
+    )
+
+
+def _repeated_chips(entries: tuple[Entry, ...]) -> list[str]:
+    """A problem for each platform document in force whose chip another one has, too."""
+    newest: dict[str, Entry] = {}
+    for entry in sorted(entries, key=lambda each: version_order(each.version)):
+        if entry.kind == "Platform":
+            newest[entry.name] = entry
+    problems, chips = [], dict[str, Entry]()
+    for entry in sorted(newest.values(), key=lambda each: each.file):
+        assert isinstance(entry.document, KnownPlatform)  # noqa: S101 -- the folder's entries were read
+        other = chips.setdefault(entry.document.fingerprint, entry)
+        if other is not entry:
+            problems.append(f"{entry.file}: spec.cek: is the chip of {other.name} already, in {other.file}")
+    return problems
 
 
 def _files(folder: Path) -> list[Path]:

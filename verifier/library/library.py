@@ -1,147 +1,190 @@
-"""The owner's set of workloads in memory: which version is in force, what it allows, and all that is on file.
+"""The owner's documents in memory, and the artefacts that its workloads measure.
 
-A set is replaced as a whole: a folder with one bad document changes nothing. A workload whose artefacts are missing or
-do not fit stays in the set, unusable, with the reason; the others go on. Artefacts are looked at again whenever a
-launch of their workload begins.
+A folder is replaced as a whole: one with one bad document changes nothing. The store's documents are read anew whenever
+their revision is another than the snapshot's, so a decision that asks for `current` judges by what is in force then. A
+workload whose artefacts are missing or do not fit stays on file, unusable, with the reason; the others go on. Artefacts
+are looked at again whenever a launch of their workload begins.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-from common.errors import InvalidInput, SevattestError
-from common.sev.digest.compute import LaunchShape, MeasuredFirmware
 from common.sev.explain import Catalogue, Expected
 from common.telemetry.log import Log
-from verifier.appraisal.reference import Reference, Terms, listed_references, measured_references, shapes
-from verifier.documents.workload import Artefacts, Workload
-from verifier.library.artefacts import ArtefactShelf, Stamp, stamp, unusable
+from verifier.appraisal.reference import Terms
+from verifier.documents.text import InvalidDocument
+from verifier.documents.workload import Workload
+from verifier.library.applied import DocumentRows, read_row
+from verifier.library.artefacts import ArtefactShelf, unusable
+from verifier.library.documents import Documents, Entry, snapshot
 from verifier.library.folder import read_folder
+from verifier.library.prepared import Prepared, prepare
+from verifier.store.rows import DocumentRow
 
 # Sets of files that were replaced on disk: still known neighbours for explanations.
 EARLIER_MAX = 32
 
 
-@dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """One version of a workload with its artefacts measured.
-
-    Attributes:
-        workload: the document.
-        references: what it allows; empty where it is unusable.
-        secret_area: bytes that its firmware reserves for secrets, 0 for none.
-        stamps: the files as they were when they were measured.
-        unusable: why it cannot be launched now; None where it can.
-        firmware: the measured image.
-        kernel: SHA-256 of the kernel.
-        initrd: SHA-256 of the initrd.
-        allowed: the shapes behind `references`.
-        label: what explanations call its artefacts.
-    """
-
-    workload: Workload
-    references: tuple[Reference, ...] = ()
-    secret_area: int = 0
-    stamps: tuple[Stamp, ...] = ()
-    unusable: str | None = None
-    firmware: MeasuredFirmware | None = None
-    kernel: bytes | None = None
-    initrd: bytes | None = None
-    allowed: tuple[LaunchShape, ...] = ()
-    label: str = ""
-
-
 class Library:
-    """All versions of all workloads, prepared."""
+    """All versions of all documents, and all workloads prepared."""
 
-    def __init__(self, folder: Path, log: Log) -> None:
+    def __init__(self, folder: Path, rows: DocumentRows, log: Log) -> None:
         """Remember where the documents are; nothing is read before `load`."""
         self._folder = folder
+        self._rows = rows
         self._log = log
         self._shelf = ArtefactShelf()
-        self._sets: Mapping[str, Sequence[Prepared]] = {}
+        self._files: tuple[Entry, ...] = ()
+        self._applied: Mapping[DocumentRow, Entry] = {}
+        self._documents: Documents | None = None
+        self._prepared: Mapping[str, Prepared] = {}  # by the SHA-256 of the document
         self._earlier: list[Prepared] = []
         self._lock = asyncio.Lock()
 
-    async def load(self) -> None:
-        """Read the folder and measure every artefact; put the new set into force.
+    @property
+    def folder(self) -> Path:
+        """What relative paths in applied documents are relative to."""
+        return self._folder
+
+    async def load(self) -> Documents:
+        """Read the folder and the store, and measure every artefact; put the new snapshot into force.
 
         Raises:
-            InvalidInput: a document is bad, with every problem; the old set stays in force.
+            InvalidInput: a file is bad, with every problem, or has the name of an applied document; the old snapshot
+                stays in force.
+            Unavailable: the store has no answer; the old snapshot stays in force.
         """
         async with self._lock:
-            self._sets = await asyncio.to_thread(self._read)
-        for prepared in self._all():
-            workload = prepared.workload
-            for warning in workload.warnings:
-                self._log.warning("workload.warning", workload=workload.name, version=workload.version, text=warning)
-            if prepared.unusable is not None:
-                self._log.error(
-                    "workload.unusable", workload=workload.name, version=workload.version, text=prepared.unusable
-                )
-        self._log.info("workloads.loaded", workloads=len(self._sets), documents=sum(map(len, self._sets.values())))
+            files = await asyncio.to_thread(read_folder, self._folder)
+            revision, applied = await self._read_rows()
+            documents = snapshot(revision, (*files, *applied.values()))
+            _require_distinct(documents)
+            prepared = await asyncio.to_thread(self._prepare, documents, {})
+            self._files, self._applied = files, applied
+            return self._put(documents, prepared)
 
-    def _read(self) -> Mapping[str, Sequence[Prepared]]:
+    async def current(self) -> Documents:
+        """What is on file now: the same snapshot as long as the store's revision is the same.
+
+        Raises:
+            InvalidInput: no folder was loaded yet and the folder is bad.
+            Unavailable: the store has no answer.
+        """
+        known = self._documents
+        if known is None:
+            return await self.load()
+        if await self._rows.revision() == known.revision:
+            return known
+        async with self._lock:
+            revision, applied = await self._read_rows()
+            if self._documents is not None and revision == self._documents.revision:
+                return self._documents
+            documents = snapshot(revision, (*self._files, *applied.values()))
+            prepared = await asyncio.to_thread(self._prepare, documents, self._prepared)
+            self._applied = applied
+            return self._put(documents, prepared)
+
+    async def _read_rows(self) -> tuple[int, Mapping[DocumentRow, Entry]]:
+        revision, rows = await self._rows.documents()
+        return revision, await asyncio.to_thread(self._read, rows)
+
+    def _read(self, rows: Sequence[DocumentRow]) -> Mapping[DocumentRow, Entry]:
+        known = self._applied
+        return {row: known.get(row) or read_row(row, self._folder) for row in rows}
+
+    def _prepare(self, documents: Documents, known: Mapping[str, Prepared]) -> Mapping[str, Prepared]:
         return {
-            name: tuple(prepare(workload, self._shelf) for workload in versions)
-            for name, versions in read_folder(self._folder).items()
+            workload.sha256: known.get(workload.sha256) or prepare(workload, self._shelf)
+            for versions in documents.workloads.values()
+            for workload in versions
         }
 
-    def document(self, name: str) -> Workload | None:
-        """The newest version of a workload as its document has it; None for an unknown name."""
-        versions = self._sets.get(name)
-        return versions[0].workload if versions else None
+    def _put(self, documents: Documents, prepared: Mapping[str, Prepared]) -> Documents:
+        """Put a snapshot into force, and log what is new and amiss in it."""
+        for sha256, each in prepared.items():
+            if self._prepared.get(sha256) is each:
+                continue
+            workload = each.workload
+            for warning in workload.warnings:
+                self._log.warning("workload.warning", workload=workload.name, version=workload.version, text=warning)
+            if each.unusable is not None:
+                self._log_unusable(each)
+        for (kind, name), problem in documents.unusable.items():
+            self._log.error("document.unusable", kind=kind, name=name, text=problem)
+        self._documents, self._prepared = documents, prepared
+        self._log.info(
+            "documents.loaded",
+            revision=documents.revision,
+            documents=len(documents.entries),
+            workloads=len(documents.workloads),
+        )
+        return documents
 
-    async def in_force(self, name: str) -> Prepared | None:
-        """The newest version of a workload, its artefacts as they are on disk now; None for an unknown name.
+    def _log_unusable(self, prepared: Prepared) -> None:
+        workload = prepared.workload
+        self._log.error(
+            "workload.unusable", workload=workload.name, version=workload.version, text=prepared.unusable or ""
+        )
+
+    async def in_force(self, documents: Documents, name: str) -> Prepared | None:
+        """The version of a workload that a snapshot has in force, its artefacts as they are on disk now.
+
+        Returns:
+            None for an unknown name.
 
         Raises:
             InvalidInput: the workload cannot be used now (INVALID_CONFIGURATION); the log says why.
         """
-        versions = self._sets.get(name)
-        if not versions:
+        workload = documents.workload(name)
+        if workload is None:
             return None
-        prepared = versions[0]
-        if not await asyncio.to_thread(_unchanged, prepared):
-            prepared = await self._again(name, prepared)
+        prepared = await self.prepared(workload)
         if prepared.unusable is not None:
-            self._log.error(
-                "workload.unusable", workload=name, version=prepared.workload.version, text=prepared.unusable
-            )
+            self._log_unusable(prepared)
             raise unusable("the workload cannot be used now, the owner's log says why")
         return prepared
 
-    async def _again(self, name: str, old: Prepared) -> Prepared:
+    async def prepared(self, workload: Workload) -> Prepared:
+        """A workload with its artefacts as they are on disk now; of one that is not on file nothing is kept."""
+        known = self._prepared.get(workload.sha256)
+        if known is None:
+            return await asyncio.to_thread(prepare, workload, self._shelf)
+        if await asyncio.to_thread(lambda: known.unchanged):
+            return known
+        return await self._again(known)
+
+    async def _again(self, old: Prepared) -> Prepared:
+        sha256, workload = old.workload.sha256, old.workload
         async with self._lock:
-            versions = self._sets.get(name, ())
-            if not versions or versions[0] is not old:
+            if self._prepared.get(sha256) is not old:
                 # Somebody else was faster, or a new set came in between.
-                return versions[0] if versions else old
-            new = await asyncio.to_thread(prepare, old.workload, self._shelf)
-            self._sets = {**self._sets, name: (new, *versions[1:])}
+                return self._prepared.get(sha256, old)
+            new = await asyncio.to_thread(prepare, workload, self._shelf)
+            self._prepared = {**self._prepared, sha256: new}
             if old.unusable is None and old.references != new.references:
                 self._earlier = [replace(old, label=f"{old.label} (files since replaced)"), *self._earlier]
                 del self._earlier[EARLIER_MAX:]
-                self._log.warning("workload.files_changed", workload=name, version=old.workload.version)
+                self._log.warning("workload.files_changed", workload=workload.name, version=workload.version)
             return new
 
     def _all(self) -> Iterator[Prepared]:
-        for versions in self._sets.values():
-            yield from versions
+        yield from self._prepared.values()
+        yield from self._earlier
 
     def expected(self, terms: Terms) -> tuple[Expected, ...]:
         """The shapes behind frozen digests; empty where digests were listed or the files are no longer known."""
-        for prepared in (*self._all(), *self._earlier):
+        for prepared in self._all():
             if prepared.workload.sha256 == terms.document and prepared.references == terms.references:
-                return _expected(prepared)
+                return prepared.expected
         return ()
 
     def catalogue(self) -> Catalogue:
         """Everything on file: all artefacts of all versions of all workloads, each under its workload and version."""
-        known = [each for each in (*self._all(), *self._earlier) if each.workload.artefacts is not None]
+        known = [each for each in self._all() if each.workload.artefacts is not None]
         return Catalogue(
             firmwares={each.label: each.firmware for each in known if each.firmware is not None},
             kernels={each.label: each.kernel for each in known if each.kernel is not None},
@@ -154,64 +197,10 @@ class Library:
         )
 
 
-def prepare(workload: Workload, shelf: ArtefactShelf) -> Prepared:
-    """A workload with its artefacts measured, or with the reason why it is unusable. Blocking."""
-    prepared = Prepared(workload=workload, label=f"{workload.name} {workload.version}")
-    if workload.artefacts is None:
-        return replace(prepared, references=listed_references(workload.digests), secret_area=workload.secret_area or 0)
-    try:
-        return _measure(prepared, workload.artefacts, shelf)
-    except SevattestError as error:
-        return replace(prepared, unusable=error.message)
-
-
-def _measure(prepared: Prepared, artefacts: Artefacts, shelf: ArtefactShelf) -> Prepared:
-    stamps = tuple(stamp(path) for path in artefacts.files)
-    firmware = shelf.firmware(artefacts.firmware)
-    kernel = None if artefacts.kernel is None else shelf.sha256(artefacts.kernel)
-    initrd = None if artefacts.initrd is None else shelf.sha256(artefacts.initrd)
-    try:
-        allowed = shapes(artefacts, firmware, kernel, initrd)
-    except InvalidInput as error:
-        raise unusable(f"{artefacts.firmware}: {error.message}") from error
-    area = firmware.footer.secret_area
-    return replace(
-        prepared,
-        references=measured_references(allowed),
-        secret_area=0 if area is None else area.size,
-        stamps=stamps,
-        firmware=firmware,
-        kernel=kernel,
-        initrd=initrd,
-        allowed=allowed,
-    )
-
-
-def _unchanged(prepared: Prepared) -> bool:
-    """Whether the files are those that were measured. An unusable workload is always looked at again."""
-    artefacts = prepared.workload.artefacts
-    if artefacts is None:
-        return True
-    if prepared.unusable is not None:
-        return False
-    try:
-        return tuple(stamp(path) for path in artefacts.files) == prepared.stamps
-    except InvalidInput:
-        return False
-
-
-def _expected(prepared: Prepared) -> tuple[Expected, ...]:
-    artefacts = prepared.workload.artefacts
-    if artefacts is None:
-        return ()
-    label = prepared.label
-    return tuple(
-        Expected(
-            shape=shape,
-            firmware=label,
-            kernel=None if prepared.kernel is None else label,
-            initrd=None if prepared.initrd is None else label,
-            cmdline=None if artefacts.cmdline is None else label,
+def _require_distinct(documents: Documents) -> None:
+    """Refuse a folder that repeats what was applied: at start and at SIGHUP somebody is there to read why."""
+    both = {(each.kind, each.name): each for each in documents.entries if each.file and each.problem is not None}
+    if both:
+        raise InvalidDocument(
+            *(f"{each.file}: metadata: {each.kind} {each.name} {each.problem}" for each in both.values())
         )
-        for shape in prepared.allowed
-    )

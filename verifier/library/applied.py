@@ -1,0 +1,53 @@
+"""The documents that the owner applied: rows of the store, each read by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from verifier.documents.reader import kind_of, read_document
+from verifier.documents.text import InvalidDocument
+from verifier.library.documents import Entry
+from verifier.store.rows import DocumentRow
+
+APPLIED = "applied"  # takes the place of a file's name in messages
+
+
+class DocumentRows(Protocol):
+    """What is asked of the store; `verifier.store.base.Store` is this."""
+
+    async def revision(self) -> int:
+        """Of the documents; grows with every change of them."""
+        ...
+
+    async def documents(self) -> tuple[int, Sequence[DocumentRow]]:
+        """All versions of all documents that were not deleted, and their revision."""
+        ...
+
+
+def read_row(row: DocumentRow, folder: Path) -> Entry:
+    """The document in a row, readable or not.
+
+    A row was read once, when it was applied; but a newer version of the verifier on the same store may know forms that
+    this one does not.
+    """
+    document, problem = None, None
+    try:
+        document = read_document(row.text, is_json=row.is_json, folder=folder, source=APPLIED)
+    except InvalidDocument as error:
+        problem = error.message
+    else:
+        if (kind_of(document), document.name, document.version) != (row.kind, row.name, row.version):
+            document, problem = None, "the text is another document's"
+    return Entry(
+        kind=row.kind,
+        name=row.name,
+        version=row.version,
+        text=row.text,
+        is_json=row.is_json,
+        file="",
+        apply_time=row.apply_time,
+        document=document,
+        problem=problem,
+    )

@@ -1,0 +1,59 @@
+"""What deserves a second look in a document beside the others: names that lead nowhere, and authority that nobody has.
+
+None of it is refused: documents come in any order, and what a name leads to may follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from verifier.documents.grant import Grant
+from verifier.documents.reader import Document, kind_of
+from verifier.documents.revocation import Revocation
+from verifier.documents.workload import Workload, among
+from verifier.library.documents import Documents
+
+
+def warnings_for(document: Document, documents: Documents) -> tuple[str, ...]:
+    """The warnings for one document, each with its path, given all that is on file."""
+    return tuple(_WARN[kind_of(document)](document, documents))
+
+
+def _workload(workload: Workload, documents: Documents) -> Iterator[str]:
+    yield from workload.warnings
+    if not workload.callers and all(grant.workload != workload.name for grant in documents.grants.values()):
+        yield "spec.callers: names nobody, and no grant is for this workload: nobody can launch it"
+
+
+def _grant(grant: Grant, documents: Documents) -> Iterator[str]:
+    versions = documents.workloads.get(grant.workload)
+    if versions is None:
+        yield f"spec.workload: there is no workload {grant.workload}"
+    elif grant.workload_versions is not None and not among(versions[0].version, grant.workload_versions):
+        yield f"spec.versions: {versions[0].version} is in force, and not among them"
+    if grant.suspended:
+        yield "spec.suspended: nothing is begun or released under this grant"
+    if grant.at_once > grant.launches:
+        yield f"spec.at_once: is more than launches, which is {grant.launches}"
+    for name in sorted((grant.platforms or frozenset()) - documents.platforms.keys()):
+        yield f"spec.platforms.names: there is no platform {name}"
+    pools = frozenset().union(*(platform.pools for platform in documents.platforms.values()))
+    for name in sorted((grant.pools or frozenset()) - pools):
+        yield f"spec.platforms.pools: no platform is in pool {name}"
+
+
+def _platform(_platform: Document, _documents: Documents) -> Iterator[str]:
+    yield from ()
+
+
+def _revocation(revocation: Revocation, documents: Documents) -> Iterator[str]:
+    for index, revoked in enumerate(revocation.workloads):
+        if revoked.name not in documents.workloads:
+            yield f"spec.workloads[{index}].name: there is no workload {revoked.name}"
+
+
+_WARN: Mapping[str, Callable[[Any, Documents], Iterator[str]]] = MappingProxyType(
+    {"Workload": _workload, "Grant": _grant, "Platform": _platform, "Revocation": _revocation}
+)
