@@ -1,0 +1,33 @@
+"""The store in a PostgreSQL that replicas share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from common.errors import InvalidInput, Reason
+from verifier.store.engine import no_step
+from verifier.store.sql_store import SqlStore
+
+
+class PostgresStore(SqlStore):
+    """The `Store` over a PostgreSQL."""
+
+    def __init__(self, dsn: str, on_step: Callable[[str], None] = no_step, *, schema: str = "sevattest") -> None:
+        """Prepare a store; nothing is connected before `open`.
+
+        Args:
+            dsn: a libpq connection string or URI; no error tells anything of it.
+            on_step: called before and after each commit.
+            schema: the schema in the database that holds the store's tables; made where it is not there.
+
+        Raises:
+            InvalidInput: the DSN cannot be read, the schema's name is not usable, or the extra is not installed.
+        """
+        try:
+            # Whoever serves from SQLite needs no psycopg.
+            from verifier.store.postgres_engine import PostgresEngine  # noqa: PLC0415
+        except ImportError as error:
+            raise InvalidInput(
+                Reason.INVALID_CONFIGURATION, "store: PostgreSQL needs the extra sevattest[postgres]"
+            ) from error
+        super().__init__(PostgresEngine(dsn, on_step, schema=schema))
