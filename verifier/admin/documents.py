@@ -7,16 +7,18 @@ there: a name that a file has cannot be applied, and a file's document cannot be
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from common.errors import NotFound, Reason, WrongState
+from verifier.admin.filed import DocumentLibrary, Filed, Kind, filed, is_json, read_text, supposing
 from verifier.admin.paging import Listing, Page, PageRequest
-from verifier.admin.ports import DocumentLibrary, Filed, Kind
 from verifier.admin.requests import AdminMethod, Asked, Draft, Journal, KeptRequests
 from verifier.documents.workload import version_order
 from verifier.launches.records import AuditEvent
+from verifier.library.documents import Entry
 from verifier.store.rows import AdminRequest, AuditRow, DocumentRow, Outcome
 
 # Bytes of JSON in one page, so that an answer fits into a message (common.rpc.MAX_ADMIN_MESSAGE) whatever its size.
@@ -80,9 +82,10 @@ class DocumentDesk:
         draft = self._journal.draft(asked, AdminMethod.APPLY, text)
         if (earlier := await self._journal.answered(draft)) is not None:
             return await self._applied_before(text, changed=bool(earlier["changed"]))
-        document = await self._library.checked(text)
+        document = await self._read(text)
         known = await self._known(document)
         _require_no_conflict(document, known)
+        await self._require_no_clash(text)
         now = await self._journal.now()
         audit = self._journal.row(
             AuditEvent.DOCUMENT_APPLIED,
@@ -121,7 +124,7 @@ class DocumentDesk:
 
     async def _applied_before(self, text: bytes, *, changed: bool) -> Applied:
         """The answer to a request that was carried out: the document may be withdrawn or its files gone by now."""
-        document = await self._library.checked(text)
+        document = await self._read(text)
         return Applied(document=_same_version(document, await self._known(document)) or document, changed=changed)
 
     async def check(self, text: bytes) -> Applied:
@@ -133,10 +136,11 @@ class DocumentDesk:
             InvalidInput: the document is bad, with everything that is wrong with it.
             Unavailable: the store has no answer.
         """
-        document = await self._library.checked(text)
+        document = await self._read(text)
         known = await self._known(document)
         try:
             _require_no_conflict(document, known)
+            await self._require_no_clash(text)
         except WrongState as error:
             warned = replace(document, warnings=(error.message, *document.warnings))
             return Applied(document=warned, changed=False)
@@ -156,7 +160,7 @@ class DocumentDesk:
         if await self._journal.answered(draft) is not None:
             return
         known = await self._versions(kind, name)
-        if known and known[0].file is not None:
+        if known and known[0].file:
             raise WrongState(
                 Reason.DOCUMENT_CONFLICT,
                 f"{kind} {name} comes from the file {known[0].file}: take the file away and reload the verifier",
@@ -200,36 +204,50 @@ class DocumentDesk:
         """
         listing = Listing("ListDocuments", kind.value)
         cursor = listing.cursor(page.token)
-        rest = sorted((await self._library.current()).filed(kind), key=lambda each: each.order, reverse=True)
+        entries = (await self._library.current()).entries
+        rest = sorted((each for each in entries if each.kind == kind), key=_order, reverse=True)
         rest.sort(key=lambda each: each.name)
         if cursor:
             name, _, version = cursor.partition(_CURSOR_SEPARATOR)
             order = version_order(version)
             # A document that went away since leaves its place behind.
-            rest = [each for each in rest if each.name > name or (each.name == name and each.order < order)]
-        items: list[Filed] = []
-        size = 0
-        for each in rest[: page.size]:
-            size += len(each.json.encode())
-            if items and size > PAGE_BYTES:
-                break
-            items.append(each)
+            rest = [each for each in rest if each.name > name or (each.name == name and _order(each) < order)]
+        items = await asyncio.to_thread(_written_out, rest[: page.size])
         more = len(items) < len(rest)
         last = f"{items[-1].name}{_CURSOR_SEPARATOR}{items[-1].version}" if more else ""
         return Page(items=items, next_token=listing.token(last) if more else "")
+
+    async def _read(self, text: bytes) -> Filed:
+        return filed(await asyncio.to_thread(read_text, text, self._library.folder))
+
+    async def _require_no_clash(self, text: bytes) -> None:
+        """Refuse a document that is good by itself and not beside the others."""
+        supposing(await self._library.current(), [await asyncio.to_thread(read_text, text, self._library.folder)])
 
     async def _known(self, document: Filed) -> Sequence[Filed]:
         return await self._versions(document.kind, document.name)
 
     async def _versions(self, kind: Kind, name: str) -> Sequence[Filed]:
         """All versions of one document, the newest first."""
-        known = [each for each in (await self._library.current()).filed(kind) if each.name == name]
-        return sorted(known, key=lambda each: each.order, reverse=True)
+        entries = (await self._library.current()).versions(kind.value, name)
+        return await asyncio.to_thread(lambda: [filed(each) for each in entries])
 
 
-def is_json(text: bytes) -> bool:
-    """How a text that came over the network is read: as JSON if it starts with `{`, else as YAML."""
-    return text.lstrip()[:1] == b"{"
+def _order(entry: Entry) -> tuple[tuple[int, int, str], ...]:
+    return version_order(entry.version)
+
+
+def _written_out(entries: Sequence[Entry]) -> Sequence[Filed]:
+    """As many of the entries as fit into an answer, at least one. Blocking: YAML is read again."""
+    items: list[Filed] = []
+    size = 0
+    for entry in entries:
+        item = filed(entry)
+        size += len(item.json.encode())
+        if items and size > PAGE_BYTES:
+            break
+        items.append(item)
+    return items
 
 
 def _same_version(document: Filed, known: Sequence[Filed]) -> Filed | None:
@@ -243,7 +261,7 @@ def _require_no_conflict(document: Filed, known: Sequence[Filed]) -> None:
         WrongState: DOCUMENT_CONFLICT.
     """
     for each in known:
-        if each.file is not None:
+        if each.file:
             raise _conflict(document, f"in the file {each.file}: change it there and reload the verifier")
         if each.order == document.order and each.sha256 != document.sha256:
             raise _conflict(document, "with another text: give the new text a new metadata.version")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from common.errors import NotFound, Reason
-from verifier.admin.ports import DocumentLibrary, Filed, Kind
+from verifier.admin.filed import DocumentLibrary, Filed, filed
 from verifier.appraisal.authority import reason_against
 from verifier.launches import ledger
 from verifier.launches.timekeeper import Timekeeper
@@ -54,12 +54,12 @@ class GrantDesk:
         """
         snapshot = await self._library.current()
         spent = await self._store.ledger(name)
-        grant = snapshot.grants.get(name)
+        grant = snapshot.grant(name)
         if grant is None:
             if spent == LedgerRow():
                 raise NotFound(Reason.NOT_FOUND, f"there is no Grant {name}")
             return GrantStatus(document=None, spent=spent, reason=Reason.NOT_FOUND)
         now = await self._time.now()
         reason = reason_against(grant, now) or ledger.reason_against(spent, grant, now)
-        document = next(each for each in snapshot.filed(Kind.GRANT) if each.sha256 == grant.sha256)
+        document = filed(snapshot.versions("Grant", name)[0])
         return GrantStatus(document=document, spent=spent, reason=reason)

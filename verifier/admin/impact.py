@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 
 from common.errors import InvalidInput, NotFound, Reason
+from verifier.admin.filed import DocumentLibrary, read_text
 from verifier.admin.launches import Found, LaunchStore, OwnedLaunch, owned, page_of_rows
 from verifier.admin.paging import Listing, Page, PageRequest
-from verifier.admin.ports import DocumentLibrary, Kind
 from verifier.appraisal.revoked import impact
 from verifier.documents.revocation import Revocation
 from verifier.store.rows import LaunchFilter
@@ -55,14 +56,12 @@ class ImpactDesk:
         return Page(items=items, next_token=listing.token(last) if more else "")
 
     async def _revocation(self, text: bytes, name: str) -> Revocation:
-        if text:
-            document = await self._library.checked(text)
-            if document.kind is not Kind.REVOCATION:
-                raise InvalidInput(Reason.INVALID_ARGUMENT, f"text: is a {document.kind}, no Revocation", field="text")
-            snapshot, name = await self._library.supposed([text]), document.name
-        else:
-            snapshot = await self._library.current()
-        for revocation in snapshot.revocations.documents:
-            if revocation.name == name:
-                return revocation
-        raise NotFound(Reason.NOT_FOUND, f"there is no Revocation {name}")
+        if not text:
+            revocation = (await self._library.current()).revocations.get(name)
+            if revocation is None:
+                raise NotFound(Reason.NOT_FOUND, f"there is no Revocation {name}")
+            return revocation
+        document = (await asyncio.to_thread(read_text, text, self._library.folder)).document
+        if not isinstance(document, Revocation):
+            raise InvalidInput(Reason.INVALID_ARGUMENT, "text: is no Revocation", field="text")
+        return document

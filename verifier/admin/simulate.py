@@ -17,10 +17,10 @@ Numbered steps, repeated in the code:
 
 from __future__ import annotations
 
-import hashlib
+import asyncio
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Protocol
 from uuid import UUID
 
@@ -36,63 +36,22 @@ from common.errors import (
 )
 from common.sev.certs.verify import VerifiedPlatform
 from common.sev.measurement import FirmwareVersion
-from verifier.admin.ports import DocumentLibrary, Snapshot
+from verifier.admin.cases import Case, Judgement, Supposed, past_case, supposed_case, supposed_row
+from verifier.admin.filed import DocumentLibrary, read_text, supposing
 from verifier.appraisal import authority
 from verifier.appraisal.appraise import appraise_launch, appraise_platform, appraise_standing
 from verifier.appraisal.evidence import Finding
 from verifier.appraisal.reference import freeze
 from verifier.documents.grant import Grant
-from verifier.documents.workload import Workload
 from verifier.launches import ledger
 from verifier.launches.gather import launch_evidence, platform_evidence, standing_evidence
 from verifier.launches.platforms import DenyList
-from verifier.launches.state import State
 from verifier.launches.steps import require_room, unknown_launch
 from verifier.launches.timekeeper import Timekeeper
-from verifier.library.library import Prepared
+from verifier.library.documents import Documents
+from verifier.library.prepared import Prepared
 from verifier.secrets.base import SecretSource
 from verifier.store.rows import LaunchRow, LedgerRow
-
-_NEVER = datetime(1970, 1, 1, tzinfo=UTC)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Supposed:
-    """A launch that nobody began.
-
-    Attributes:
-        workload: the workload's name.
-        caller: a SPIFFE id.
-        grant: the grant; None to have one chosen as at begin.
-        chain: the platform's, 8336 bytes.
-        digest: that would be measured, 32 bytes; None for the first that the workload allows.
-    """
-
-    workload: str
-    caller: str
-    grant: str | None
-    chain: bytes = field(repr=False)
-    digest: bytes | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Judgement:
-    """What became of it.
-
-    Attributes:
-        findings: all that speaks against it, in the order in which begin and release ask.
-        workload_version: the version that it was judged by; None where there is none.
-        grant: the grant that it would spend; None for none.
-    """
-
-    findings: tuple[Finding, ...]
-    workload_version: str | None
-    grant: str | None
-
-    @property
-    def accepted(self) -> bool:
-        """Whether the secrets would be released."""
-        return not self.findings
 
 
 class SimulateStore(Protocol):
@@ -123,37 +82,12 @@ class Genuine(Protocol):
         ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Case:
-    """What is judged.
-
-    Attributes:
-        workload: its name.
-        caller: SPIFFE id.
-        grant: that is named.
-        chain: of the platform.
-        chip_id: 64 bytes, or empty where no host gave one.
-        digest: that was proven, or is supposed.
-        first_digest: whether to suppose the first that the workload allows.
-        firmware: the firmware's version, where one is proven or supposed.
-    """
-
-    workload: str
-    caller: str
-    grant: str | None
-    chain: bytes = field(repr=False)
-    chip_id: bytes
-    digest: bytes | None
-    first_digest: bool
-    firmware: FirmwareVersion | None
-
-
 @dataclass(kw_only=True)
 class _Bench:
     """What is known while it is judged."""
 
-    case: _Case
-    snapshot: Snapshot
+    case: Case
+    snapshot: Documents
     now: datetime
     prepared: Prepared | None = None
     grant: Grant | None = None
@@ -198,18 +132,7 @@ class SimulateDesk:
         row = await self._store.launch(launch_id)
         if row is None:
             raise unknown_launch()
-        released = row.state == State.RELEASED
-        proven = FirmwareVersion(*row.firmware) if released and row.firmware is not None else None
-        case = _Case(
-            workload=row.workload,
-            caller=row.caller,
-            grant=row.grant,
-            chain=await self._store.chain(row.platform_id),
-            chip_id=bytes.fromhex(row.chip_id or ""),
-            digest=row.digest if released else None,
-            first_digest=False,
-            firmware=firmware or proven,
-        )
+        case = past_case(row, await self._store.chain(row.platform_id), firmware)
         return await self._judge(case, texts)
 
     async def supposed(
@@ -226,21 +149,12 @@ class SimulateDesk:
             InvalidInput: a document is bad, or the chain is none.
             Unavailable: the store or the key service has no answer.
         """
-        case = _Case(
-            workload=launch.workload,
-            caller=launch.caller,
-            grant=launch.grant,
-            chain=launch.chain,
-            chip_id=b"",
-            digest=launch.digest,
-            first_digest=launch.digest is None,
-            firmware=firmware,
-        )
-        return await self._judge(case, texts)
+        return await self._judge(supposed_case(launch, firmware), texts)
 
-    async def _judge(self, case: _Case, texts: Sequence[bytes]) -> Judgement:
+    async def _judge(self, case: Case, texts: Sequence[bytes]) -> Judgement:
         current = await self._library.current()
-        snapshot = await self._library.supposed(texts) if texts else current  # step 1
+        given = [await asyncio.to_thread(read_text, text, self._library.folder) for text in texts]
+        snapshot = supposing(current, given)  # step 1
         bench = _Bench(case=case, snapshot=snapshot, now=await self._time.now())
         await self._find_workload(bench)  # step 2
         await self._find_authority(bench)  # step 3
@@ -257,13 +171,21 @@ class SimulateDesk:
 
     async def _find_workload(self, bench: _Bench) -> None:
         try:
-            bench.prepared = await bench.snapshot.prepared(bench.case.workload)
+            workload = bench.snapshot.workload(bench.case.workload)
         except InvalidInput as error:
             bench.findings.append(_finding("simulate.workload", error))
             return
-        if bench.prepared is None:
+        if workload is None:
             message = f"there is no workload {bench.case.workload}"
             bench.findings.append(Finding(rule="simulate.workload", reason=Reason.NOT_FOUND, message=message))
+            return
+        prepared = await self._library.prepared(workload)
+        if prepared.unusable is None:
+            bench.prepared = prepared
+            return
+        bench.findings.append(
+            Finding(rule="simulate.workload", reason=Reason.INVALID_CONFIGURATION, message=prepared.unusable)
+        )
 
     async def _find_authority(self, bench: _Bench) -> None:
         if bench.prepared is None:
@@ -325,7 +247,7 @@ class SimulateDesk:
             return ()
         digests = [reference.digest for reference in prepared.references]
         digest = digests[0] if case.first_digest and digests else case.digest
-        row = _supposed_row(case, platform, prepared.workload, bench.grant)
+        row = supposed_row(case, platform, prepared.workload, bench.grant)
         if digest is None or case.firmware is None or platform.generation not in prepared.workload.floors:
             # A generation without a floor was found above; the other two are unknown, and nothing was proven by them.
             standing = standing_evidence(documents=bench.snapshot, denied=self._denied, row=row, firmware=None)
@@ -339,6 +261,7 @@ class SimulateDesk:
                 generation=platform.generation,
                 references=prepared.references,
                 secret_area=prepared.secret_area,
+                recognized=False,
             ),
             matched=digests.index(digest) if digest in digests else None,
             firmware=case.firmware,
@@ -347,36 +270,10 @@ class SimulateDesk:
         return appraise_launch(evidence)
 
 
-def _supposed_row(case: _Case, platform: VerifiedPlatform, workload: Workload, grant: Grant | None) -> LaunchRow:
-    """The launch as it would stand in the store, as far as release looks at it."""
-    chain = platform.chain.to_bytes()
-    return LaunchRow(
-        launch_id=UUID(int=0),
-        caller=case.caller,
-        state=State.OPEN.value,
-        workload=workload.name,
-        workload_version=workload.version,
-        terms_id=b"",
-        platform_id=hashlib.sha256(chain).digest(),
-        generation=platform.generation,
-        fingerprint=platform.chip_fingerprint.hex(),
-        policy=0,
-        godh=b"",
-        session=b"",
-        pdh_fingerprint=platform.pdh_fingerprint,
-        keys=None,
-        create_time=_NEVER,
-        expire_time=_NEVER,
-        grant=case.grant if grant is None else grant.name,
-        chip_id=case.chip_id.hex() or None,
-        oca=platform.chain.oca.fingerprint.hex(),
-    )
-
-
-def _unresolved_chips(bench: _Bench, current: Snapshot) -> Iterator[Finding]:
+def _unresolved_chips(bench: _Bench, current: Documents) -> Iterator[Finding]:
     """A chip id stands for a key that the key service knows, which was never asked about ids that are only supposed."""
-    known = (each.chips for each in current.revocations.documents)
-    supposed = (each.chips for each in bench.snapshot.revocations.documents)
+    known = (each.chips for each in current.revocations.values())
+    supposed = (each.chips for each in bench.snapshot.revocations.values())
     new = frozenset[str]().union(*supposed) - frozenset[str]().union(*known)
     if new and not bench.case.chip_id:
         yield Finding(

@@ -1,0 +1,132 @@
+"""Documents as their owner sees them: every version, where it is from, written out, with what deserves a second look.
+
+`DocumentLibrary` is what the owner's side asks of `verifier.library.library.Library`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Protocol
+
+from common.errors import Reason, WrongState
+from verifier.documents.platform import KnownPlatform
+from verifier.documents.reader import read_document
+from verifier.documents.workload import Workload, version_order
+from verifier.library.applied import APPLIED
+from verifier.library.documents import Documents, Entry, supposed
+from verifier.library.prepared import Prepared
+
+
+class Kind(StrEnum):
+    """The kinds of document, as `kind` spells them. The values are stored: they are for ever."""
+
+    WORKLOAD = "Workload"
+    GRANT = "Grant"
+    PLATFORM = "Platform"
+    REVOCATION = "Revocation"
+
+
+class DocumentLibrary(Protocol):
+    """The library of documents."""
+
+    @property
+    def folder(self) -> Path:
+        """What relative paths in applied documents are relative to."""
+        ...
+
+    async def current(self) -> Documents:
+        """What is on file now.
+
+        Raises:
+            Unavailable: the store has no answer.
+        """
+        ...
+
+    async def prepared(self, workload: Workload) -> Prepared:
+        """A workload with its artefacts as they are on disk now."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Filed:
+    """One version of one document, whatever its kind.
+
+    Attributes:
+        kind: what it is.
+        name: its name.
+        version: as its metadata says.
+        json: the whole document as JSON, defaults written out; empty where it cannot be read.
+        sha256: of its text, lower-case hex.
+        file: that it is from; empty for one that was applied.
+        apply_time: when it was applied; None for one from a file, and for one that is not on file.
+        warnings: what deserves a second look.
+    """
+
+    kind: Kind
+    name: str
+    version: str
+    json: str
+    sha256: str
+    file: str = ""
+    apply_time: datetime | None = None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def order(self) -> tuple[tuple[int, int, str], ...]:
+        """Sorts versions of one document: the newest is the greatest."""
+        return version_order(self.version)
+
+
+def filed(entry: Entry) -> Filed:
+    """A library's entry as its owner sees it."""
+    document = entry.document
+    warnings = document.warnings if isinstance(document, Workload) else ()
+    if entry.problem is not None:
+        warnings = (entry.problem, *warnings)
+    return Filed(
+        kind=Kind(entry.kind),
+        name=entry.name,
+        version=entry.version,
+        json="" if document is None else entry.written_out(),
+        sha256=entry.sha256,
+        file=entry.file,
+        apply_time=entry.apply_time,
+        warnings=warnings,
+    )
+
+
+def is_json(text: bytes) -> bool:
+    """How a text that came over the network is read: as JSON if it starts with `{`, else as YAML."""
+    return text.lstrip()[:1] == b"{"
+
+
+def read_text(text: bytes, folder: Path) -> Entry:
+    """The document that a text spells, not on file yet. Blocking.
+
+    Raises:
+        InvalidDocument: with everything that is wrong with it.
+    """
+    document = read_document(text, is_json=is_json(text), folder=folder, source=APPLIED)
+    return supposed(document, text, is_json=is_json(text))
+
+
+def supposing(documents: Documents, entries: Sequence[Entry]) -> Documents:
+    """The snapshot with these in place of all documents of their kinds and names.
+
+    Raises:
+        WrongState: two platforms would be of the same chip (DOCUMENT_CONFLICT), and then nothing could be judged.
+    """
+    changed = documents.supposing(entries)
+    for entry in entries:
+        for other in changed.platforms.values():
+            mine = entry.document
+            if isinstance(mine, KnownPlatform) and mine.fingerprint == other.fingerprint and mine.name != other.name:
+                raise WrongState(
+                    Reason.DOCUMENT_CONFLICT,
+                    f"Platform {other.name} is on file for the chip of Platform {mine.name}",
+                )
+    return changed
