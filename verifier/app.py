@@ -1,9 +1,9 @@
-"""The composition root: reads the configuration, picks the implementations, serves until told to stop.
+"""The composition root: reads the configuration, puts the parts together, serves until told to stop.
 
-Nothing else in the package knows which store, key or secret source is in use. Life: `App.start` → serving → `App.stop`;
-SIGTERM and SIGINT stop (calls under way end, nothing is cut in a transaction), SIGHUP reads documents and deny-list
-again. A set of documents with one that is bad changes nothing but keeps no chip off the deny-list; nor does a bad
-configuration keep documents out.
+Nothing else in the package knows which store, key or secret source is in use (`verifier.parts` picks them). Life:
+`App.start` → serving → `App.stop`; SIGTERM and SIGINT stop (calls under way end, nothing is cut in a transaction),
+SIGHUP reads documents, deny-list and key files again, each for itself: a bad document keeps no chip off the deny-list,
+nor does a bad configuration keep documents out.
 """
 
 from __future__ import annotations
@@ -12,59 +12,30 @@ import asyncio
 import os
 import signal
 from collections.abc import Callable, Coroutine, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import uuid4
 
-from common.amd.kds import KeyService, key_service
 from common.clock import Clock, SystemClock
 from common.errors import InvalidInput, Reason, SevattestError
 from common.rpc.server import Limits, Server
-from common.sev.certs.roots import Root, named_root, pinned_roots
 from common.telemetry.log import Log
-from verifier.config import Config, load_config
-from verifier.documents.text import InvalidDocument
-from verifier.keys.base import SealingKey
-from verifier.keys.file import read_key_file
+from verifier import admin_service, chores, parts, service
+from verifier.admin.desks import owner_desks
+from verifier.config import AdminConfig, Config, load_config
+from verifier.keys.identities import load_identities
+from verifier.keys.keyring import Keyring
+from verifier.keys.rewrap import Rewrap
 from verifier.launches.broker import Broker
 from verifier.launches.dependencies import Dependencies, no_step
 from verifier.launches.platforms import DenyList, PlatformVerifier
 from verifier.launches.records import Recorder
-from verifier.launches.release import REPEATS, Releaser
+from verifier.launches.release import Releaser
 from verifier.launches.reports import ReportVerifier
 from verifier.launches.timekeeper import Timekeeper
 from verifier.library.library import Library
-from verifier.secrets.file import FileSecrets
-from verifier.service import VerifierServicer, add_to
-from verifier.store.sqlite import SqliteStore
 
 GRACE_S = 15.0
-# A key service that did not answer is asked again for the deny-list's chips after this time.
-_RESOLVE_AGAIN_S = 600.0
-
-
-def trusted_roots(config: Config) -> tuple[tuple[Root, ...], tuple[tuple[Path, Root], ...]]:
-    """All roots, and those among them that only the configuration names.
-
-    Raises:
-        InvalidInput: a file cannot be read or holds no root.
-    """
-    named = []
-    for path in config.platforms.extra_roots:
-        try:
-            root = named_root(path.read_bytes())
-        except OSError as error:
-            raise InvalidInput(
-                Reason.INVALID_CONFIGURATION, f"platforms.extra_roots: {path}: {(error.strerror or '').lower()}"
-            ) from error
-        except SevattestError as error:
-            raise InvalidInput(
-                Reason.INVALID_CONFIGURATION, f"platforms.extra_roots: {path}: {error.message}"
-            ) from error
-        if root.emulated:
-            named.append((path, root))
-    return (*pinned_roots(), *(root for _, root in named)), tuple(named)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,11 +60,32 @@ def real_surroundings() -> Surroundings:
     return Surroundings(environ=os.environ, clock=SystemClock(), random=os.urandom)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Addresses:
+    """Where a verifier listens.
+
+    Attributes:
+        launches: for orchestrators.
+        admin: for owners; None for nowhere.
+    """
+
+    launches: str
+    admin: str | None
+
+
+@dataclass
+class _Wakers:
+    """What chores are woken by before their time."""
+
+    denied: asyncio.Event = field(default_factory=asyncio.Event)
+    keys: asyncio.Event = field(default_factory=asyncio.Event)
+
+
 class App:
     """One verifier process."""
 
     def __init__(self, config_path: Path, log: Log, surroundings: Surroundings) -> None:
-        """Read configuration, key file and roots; nothing is opened yet.
+        """Read configuration, key files and roots; nothing is opened yet.
 
         Raises:
             InvalidInput: INVALID_CONFIGURATION.
@@ -102,33 +94,32 @@ class App:
         self._log = log
         self._world = surroundings
         self._config = load_config(config_path, surroundings.environ)
-        self._roots, self._named = trusted_roots(self._config)
-        self._sealing: SealingKey = read_key_file(self._config.key_file)
+        self._roots, self._named = parts.trusted_roots(self._config)
+        self._keys = parts.sealing_keys(self._config)
+        self._keyring = Keyring(self._keys[0], self._keys[1:])
         self._denied = DenyList(self._config.platforms.denied_chips)
-        self._library = Library(self._config.documents, log)
-        self._store = SqliteStore(self._config.state_dir, on_step=surroundings.on_step)
-        self._service = self._key_service()
+        self._store = parts.make_store(self._config, surroundings.on_step)
+        self._library = Library(self._config.documents, self._store, log)
+        self._service = parts.make_key_service(self._config, self._roots)
+        self._wakers = _Wakers()
         self._server: Server | None = None
-        self._broker: Broker | None = None
+        self._admin: Server | None = None
+        self._checkpoints: chores.Checkpoints | None = None
         self._chores: set[asyncio.Task[None]] = set()
-        self._denied_changed = asyncio.Event()
 
-    def _key_service(self) -> KeyService | None:
-        kds = self._config.kds
-        return None if kds is None else key_service(kds.source, kds.cache, roots=self._roots)
-
-    async def start(self) -> str:
-        """Open everything and serve; the bound address.
+    async def start(self) -> Addresses:
+        """Open everything and serve.
 
         Raises:
             InvalidInput: a document or setting cannot be used.
-            Unavailable: the store cannot be used.
+            Unavailable: the store or the key token cannot be used.
         """
         config = self._config
-        await self._library.load()
         await self._store.open()
         try:
-            await self._require_key()
+            await self._keep_tokens_fresh()
+            await self._library.load()
+            await self._require_keys()
             self._server = Server(
                 listen=config.listen,
                 tls=config.server_tls(),
@@ -137,48 +128,97 @@ class App:
                 health_socket=None if config.health is None else config.health.socket,
                 clock=self._world.clock,
             )
-            dependencies = await self._dependencies(single_ca=self._server.single_ca)
-            self._broker = Broker(dependencies)
-            add_to(self._server, VerifierServicer(self._broker, Releaser(dependencies), ReportVerifier(dependencies)))
-            address = await self._server.start()
+            dependencies = await self._dependencies(self._server)
+            broker = Broker(dependencies)
+            service.add_to(
+                self._server,
+                service.VerifierServicer(broker, Releaser(dependencies), ReportVerifier(dependencies)),
+            )
+            launches = await self._server.start()
+            admin = None if config.admin is None else await self._start_admin(config.admin, dependencies)
         except BaseException:
-            await self._store.close()
+            await self.stop()
             raise
-        self._banner(address)
-        self._spawn(self._sweep())
-        if self._service is not None:
-            self._spawn(self._resolve_denied(self._service))
-        return address
+        addresses = Addresses(launches=launches, admin=admin)
+        self._banner(addresses)
+        self._spawn_chores(broker, dependencies)
+        return addresses
 
-    async def _require_key(self) -> None:
-        strange = await self._store.sealing_keys() - {self._sealing.key_id}
+    async def _start_admin(self, admin: AdminConfig, dependencies: Dependencies) -> str:
+        self._admin = Server(
+            listen=admin.listen,
+            tls=self._config.admin_tls(admin),
+            log=self._log,
+            limits=admin_service.LIMITS,
+            clock=self._world.clock,
+        )
+        desks = owner_desks(dependencies, self._library)
+        admin_service.add_to(self._admin, admin_service.AdminServicer(desks))
+        return await self._admin.start()
+
+    async def _keep_tokens_fresh(self) -> None:
+        for key in parts.token_keys(self._keys):
+            await key.refresh()
+            self._spawn(key.keep_fresh(self._log))
+
+    async def _require_keys(self) -> None:
+        strange = await self._store.sealing_keys() - self._keyring.key_ids
         if strange:
             names = ", ".join(sorted(key.hex() for key in strange))
             raise InvalidInput(
                 Reason.INVALID_CONFIGURATION,
-                f"key_file: open launches are sealed under another key ({names})",
-                hint="put that key file back, or wait until these launches have expired under it",
+                f"key_file: what is stored is sealed under another key ({names})",
+                hint="name that key file in older_key_files; it is needed until everything is sealed under the new one",
             )
 
-    async def _dependencies(self, *, single_ca: bool) -> Dependencies:
-        world = self._world
+    async def _dependencies(self, server: Server) -> Dependencies:
+        world, config = self._world, self._config
+        identities = await load_identities(self._store, self._keyring, world.random)
         return Dependencies(
             store=self._store,
-            workloads=self._library,
+            library=self._library,
             platforms=PlatformVerifier(self._roots, self._service, self._log),
             denied=self._denied,
-            sealing=self._sealing,
-            secrets=FileSecrets(world.random, self._log),
-            time=Timekeeper(world.clock, await self._store.last_time()),
+            sealing=self._keyring,
+            signer=identities.signer,
+            pseudonyms=identities.pseudonyms,
+            issuer=str(server.identity),
+            secrets=parts.make_secrets(config, self._store, self._keyring, world.random, self._log),
+            time=Timekeeper(world.clock, self._store.last_time),
             records=Recorder(self._log, uuid4),
             random=world.random,
             new_id=uuid4,
-            open_cap=self._config.limits.open_launches,
-            single_ca=single_ca,
+            open_cap=config.limits.open_launches,
+            single_ca=server.single_ca,
             on_step=world.on_step,
         )
 
-    def _banner(self, address: str) -> None:
+    def _spawn_chores(self, broker: Broker, dependencies: Dependencies) -> None:
+        log = self._log
+        self._checkpoints = chores.Checkpoints(
+            store=self._store,
+            signer=dependencies.signer,
+            issuer=dependencies.issuer,
+            time=dependencies.time,
+            config=self._config.audit,
+        )
+        self._spawn(
+            chores.sweep(
+                broker=broker,
+                store=self._store,
+                time=dependencies.time,
+                checkpoints=self._checkpoints,
+                renew=self._renew_denied,
+                interval=self._config.limits.sweep_interval,
+                ready=self._ready,
+                log=log,
+            )
+        )
+        self._spawn(chores.rewrap(Rewrap(self._store, self._keyring, log), self._wakers.keys, log))
+        if self._service is not None:
+            self._spawn(chores.resolve_denied(self._denied, self._service, self._roots, self._wakers.denied, log))
+
+    def _banner(self, addresses: Addresses) -> None:
         for path, root in self._named:
             self._log.warning(
                 "verifier.trusts_emulated_root",
@@ -192,9 +232,11 @@ class App:
             )
         self._log.info(
             "verifier.serving",
-            address=address,
+            address=addresses.launches,
+            admin=addresses.admin,
             roots=[root.generation for root in self._roots],
-            sealing=self._sealing.key_id.hex(),
+            sealing=self._keyring.key_id.hex(),
+            store="sqlite" if self._config.store is None else "postgres",
             kds=None if self._config.kds is None else self._config.kds.source,
         )
 
@@ -210,76 +252,82 @@ class App:
             self._log.error("verifier.chore_failed", error=error)
             self._ready("chores", ready=False)
 
-    async def _sweep(self) -> None:
-        """Ends launches whose time ran out, erases packets a day after release, watches the store."""
-        while True:
-            try:
-                if self._broker is not None:
-                    await self._broker.expire_overdue()
-                await self._store.erase_packets(self._world.clock.now() - REPEATS)
-                await self._store.flush_erased()
-                await self._store.check()
-                self._ready("store", ready=True)
-            except SevattestError as error:
-                self._ready("store", ready=False)
-                self._log.error("store.unavailable", error=error)
-            await asyncio.sleep(self._config.limits.sweep_interval)
+    def _ready(self, cause: str, ready: bool) -> None:  # noqa: FBT001 -- a cause and whether it holds
+        for server in (self._server, self._admin):
+            if server is not None:
+                server.health.set(cause, ready=ready)
 
-    async def _resolve_denied(self, service: KeyService) -> None:
-        """Learns the keys behind denied chip ids: at start, when the list changes, and again where there was no answer.
-
-        Apart from the sweep: a key service that is slow to answer must not keep spent keys on the disk.
-        """
-        while True:
-            self._denied_changed.clear()
-            complete = await self._denied.resolve(service, self._roots, self._log)
-            with suppress(TimeoutError):
-                async with asyncio.timeout(None if complete else _RESOLVE_AGAIN_S):
-                    await self._denied_changed.wait()
-
-    def _ready(self, cause: str, *, ready: bool) -> None:
-        if self._server is not None:
-            self._server.health.set(cause, ready=ready)
+    async def _renew_denied(self) -> None:
+        """Have the chips of the owner's revocations known by their keys too, as those of the configuration are."""
+        revoked = (await self._library.current()).revoked.chips
+        if self._denied.set_owners({*self._config.platforms.denied_chips, *revoked}):
+            self._wakers.denied.set()
 
     async def reload(self) -> None:
-        """Read deny-list and documents again, each for itself; what is bad changes nothing and is logged."""
-        good = True
-        try:
-            denied = load_config(self._path, self._world.environ).platforms.denied_chips
-        except InvalidInput as error:
-            good = False
-            self._log.error("configuration.refused", error=error)
-        else:
-            self._denied.set_owners(denied)
-            self._denied_changed.set()
+        """Read configuration and documents again, each for itself; what is bad changes nothing and is logged."""
+        good = self._reload_config()
         try:
             await self._library.load()
-        except InvalidDocument as error:
+            await self._renew_denied()
+        except SevattestError as error:
             good = False
-            self._log.error("documents.refused", problems=list(error.problems))
+            self._log.error("documents.refused", problems=list(error.sentences))
         if good:
-            self._log.info("verifier.reloaded", denied_chips=len(denied))
+            self._log.info("verifier.reloaded", sealing=self._keyring.key_id.hex())
+
+    def _reload_config(self) -> bool:
+        try:
+            config = load_config(self._path, self._world.environ)
+        except InvalidInput as error:
+            self._log.error("configuration.refused", error=error)
+            return False
+        self._config = config
+        self._denied.set_owners(config.platforms.denied_chips)
+        self._wakers.denied.set()
+        try:
+            self._reload_keys(config)
+        except InvalidInput as error:
+            self._log.error("keys.refused", error=error)
+            return False
+        return True
+
+    def _reload_keys(self, config: Config) -> None:
+        keys = parts.sealing_keys(config)
+        known = {key.key_id: key for key in self._keys}
+        # A token's key that is known already has been asked for; a new one is, before anything is sealed with it.
+        keys = tuple(known.get(key.key_id, key) for key in keys)
+        self._keyring.reload(keys[0], keys[1:])
+        for key in parts.token_keys(keys):
+            if key.key_id not in known:
+                self._spawn(key.keep_fresh(self._log))
+        self._keys = keys
+        self._wakers.keys.set()
 
     async def stop(self) -> None:
-        """Take no more calls, let those under way end, close the store."""
-        if self._server is not None:
-            await self._server.stop(GRACE_S)
+        """Take no more calls, let those under way end, sign the log's head, close the store."""
+        servers = [server for server in (self._server, self._admin) if server is not None]
+        await asyncio.gather(*(server.stop(GRACE_S) for server in servers))
         for chore in tuple(self._chores):
             chore.cancel()
         await asyncio.gather(*self._chores, return_exceptions=True)
+        if self._checkpoints is not None:
+            try:
+                await self._checkpoints.finish()
+            except SevattestError as error:
+                self._log.error("audit.not_signed", error=error)
         await self._store.close()
 
-    async def run(self, announce: Callable[[str], None]) -> None:
-        """Serve until SIGTERM or SIGINT; `announce` gets the bound address once."""
+    async def run(self, announce: Callable[[Addresses], None]) -> None:
+        """Serve until SIGTERM or SIGINT; `announce` gets the bound addresses once."""
         loop = asyncio.get_running_loop()
         stopping = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stopping.set)
         # From the first moment on: the default for SIGHUP is to die of it.
         loop.add_signal_handler(signal.SIGHUP, lambda: self._spawn(self.reload()))
-        address = await self.start()
+        addresses = await self.start()
         try:
-            announce(address)
+            announce(addresses)
             await stopping.wait()
             self._log.info("verifier.stopping")
         finally:

@@ -65,10 +65,16 @@ def _serve(args: argparse.Namespace) -> int:
 
     async def serve() -> None:
         app = App(args.config, configure(_PROGRAM), real_surroundings())
-        await app.run(lambda address: print(f"{_PROGRAM}: serving on {address}", flush=True))
+        await app.run(_announce)
 
     asyncio.run(serve())
     return 0
+
+
+def _announce(addresses: Any) -> None:
+    if addresses.admin is not None:
+        print(f"{_PROGRAM}: serving owners on {addresses.admin}", flush=True)
+    print(f"{_PROGRAM}: serving on {addresses.launches}", flush=True)
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -117,7 +123,7 @@ def _audit(args: argparse.Namespace) -> int:
         launch_id = canonical_uuid(args.launch)
         if launch_id is None:
             raise InvalidInput(Reason.INVALID_ARGUMENT, "--launch: must be a launch's id (a UUID)")
-    for row in read_audit(load_config(args.config, os.environ).state_dir / FILE_NAME, launch_id):
+    for row in read_audit(load_config(args.config, os.environ).folder / FILE_NAME, launch_id):
         record = {
             "audit_id": str(row.audit_id),
             "time": row.time.isoformat(),

@@ -202,7 +202,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     Attributes:
         listen: `HOST:PORT`; port 0 takes any that is free.
-        state_dir: where launches and audit records are kept.
+        state_dir: where launches and audit records are kept; goes without where `[store]` names a database.
         documents: the folder of documents that the owner keeps as files, and what relative paths start at.
         key_file: 32 bytes that seal what is stored; `sev-verifier keygen` makes one.
         older_key_files: key files that only open what was sealed before.
@@ -219,10 +219,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """
 
     listen: str
-    state_dir: Path
     documents: Path
     key_file: Path
     tls: TlsConfig
+    state_dir: Path | None = None
     older_key_files: tuple[Path, ...] = ()
     admin: AdminConfig | None = None
     store: StoreConfig | None = None
@@ -233,6 +233,17 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     platforms: PlatformsConfig = PlatformsConfig()
     kds: KdsConfig | None = None
     limits: LimitsConfig = LimitsConfig()
+
+    @property
+    def folder(self) -> Path:
+        """`state_dir` where it is needed.
+
+        Raises:
+            InvalidInput: it is not set (INVALID_CONFIGURATION).
+        """
+        if self.state_dir is None:
+            raise InvalidInput(Reason.INVALID_CONFIGURATION, "state_dir: is not set, and [store] names no database")
+        return self.state_dir
 
     def admin_tls(self, admin: AdminConfig) -> ServerTls:
         """The TLS settings as the owner's listener wants them."""
@@ -265,6 +276,12 @@ def load_config(path: Path, environ: Mapping[str, str]) -> Config:
         InvalidInput: INVALID_CONFIGURATION, with the key's path.
     """
     loaded = config.load(path, Config, environ)
+    if loaded.store is None:
+        _ = loaded.folder
+    elif loaded.state_dir is not None:
+        raise InvalidInput(
+            Reason.INVALID_CONFIGURATION, f"{path}: state_dir: is set beside [store]: which counts would be a guess"
+        )
     kds = loaded.kds
     if kds is not None and (not kds.source or "\0" in kds.source):
         raise InvalidInput(Reason.INVALID_CONFIGURATION, f"{path}: kds.source: names no folder and no address")

@@ -38,7 +38,7 @@ from verifier.keys.base import launch_place
 from verifier.keys.session import fresh_session
 from verifier.launches import ledger
 from verifier.launches.dependencies import Dependencies, changing, refusal_for
-from verifier.launches.gather import Documents, platform_evidence
+from verifier.launches.gather import platform_evidence
 from verifier.launches.launch import AbandonRequest, BeginRequest, Begun, Launch, view
 from verifier.launches.records import AuditEvent
 from verifier.launches.state import Event, State, after, ended
@@ -53,6 +53,7 @@ from verifier.launches.steps import (
     reused,
     settle,
 )
+from verifier.library.documents import Documents
 from verifier.store.rows import LaunchRow, Move, Opening, Outcome, RequestKey, RequestRow, SealedKeys, Spending
 
 _SWEEP_MAX = 500  # launches that one sweep ends, so that no transaction waits long behind it
@@ -151,7 +152,9 @@ class Broker:
         if findings:
             raise await self._refuse_begin(request, findings, now, platform=platform)
         # Only now is a file looked at: a caller without authority makes no work for it.
-        prepared = await self._d.library.prepared(documents, workload)
+        prepared = await self._d.library.in_force(documents, workload.name)
+        if prepared is None:
+            raise _no_workload()
         terms = freeze(
             workload,
             generation=platform.generation,
@@ -168,7 +171,7 @@ class Broker:
     ) -> tuple[Workload, Grant | None]:
         workload = documents.workload(request.workload)
         if workload is None:
-            raise NotFound(Reason.NOT_FOUND, "there is no such workload", field="workload")
+            raise _no_workload()
         try:
             grant = authority.choose(
                 workload=workload, caller=request.caller, named=request.grant, grants=documents.grants, now=now
@@ -360,6 +363,10 @@ class Broker:
         now = await self._d.time.now()
         due = await self._d.store.overdue(now, State.OPEN.value, _SWEEP_MAX)
         return sum([await expire(self._d, launch_id, now) for launch_id in due])
+
+
+def _no_workload() -> NotFound:
+    return NotFound(Reason.NOT_FOUND, "there is no such workload", field="workload")
 
 
 def _begun(row: LaunchRow) -> Begun:

@@ -11,14 +11,13 @@ from common.errors import Reason, Refused, Unavailable
 from common.sev.explain import Catalogue, Expected
 from verifier.appraisal.evidence import Finding
 from verifier.appraisal.reference import Terms
-from verifier.documents.workload import Workload
 from verifier.keys.base import SealingKey
 from verifier.keys.signer import Pseudonyms, Signer
-from verifier.launches.gather import Documents
 from verifier.launches.platforms import DenyList, PlatformVerifier
 from verifier.launches.records import Recorder
 from verifier.launches.timekeeper import Timekeeper
-from verifier.library.library import Prepared
+from verifier.library.documents import Documents
+from verifier.library.prepared import Prepared
 from verifier.secrets.base import SecretSource
 from verifier.store.base import Store
 
@@ -35,8 +34,8 @@ class Library(Protocol):
         """
         ...
 
-    async def prepared(self, documents: Documents, workload: Workload) -> Prepared:
-        """A workload of these documents with its artefacts measured.
+    async def in_force(self, documents: Documents, name: str) -> Prepared | None:
+        """The version of a workload that these documents have in force, its artefacts measured as they are now.
 
         Raises:
             InvalidInput: it cannot be used now (INVALID_CONFIGURATION); the owner's log says why.

@@ -1,62 +1,21 @@
 """Gathers what the rules look at, from a verified platform or a stored launch and the owner's documents as they stand.
 
 The same evidence for a launch that begins, for one that is released, for a repeat, and for one that is only supposed.
+What of the documents cannot be read and must not be overlooked raises `InvalidInput` (INVALID_CONFIGURATION).
 """
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import Protocol
 
 from common.sev.certs.verify import VerifiedPlatform
 from common.sev.measurement import FirmwareVersion
 from verifier.appraisal.authority import stopped
 from verifier.appraisal.evidence import LaunchEvidence, PlatformEvidence, StandingEvidence, looks_self_made
 from verifier.appraisal.reference import Terms
-from verifier.appraisal.revoked import Revocations
 from verifier.documents.grant import Grant
-from verifier.documents.platform import KnownPlatform
 from verifier.documents.workload import Workload
 from verifier.launches.platforms import DenyList
+from verifier.library.documents import Documents
 from verifier.store.rows import LaunchRow
-
-
-class Documents(Protocol):
-    """The owner's documents at one moment; `verifier.library.documents.Documents` is this.
-
-    What cannot be read and must not be overlooked raises `InvalidInput` (INVALID_CONFIGURATION) where it is asked for.
-    """
-
-    @property
-    def revision(self) -> int:
-        """Of those in the store."""
-        ...
-
-    @property
-    def grants(self) -> Mapping[str, Grant]:
-        """Those in force, by name."""
-        ...
-
-    @property
-    def revoked(self) -> Revocations:
-        """All revocations in force."""
-        ...
-
-    def workload(self, name: str) -> Workload | None:
-        """The version in force."""
-        ...
-
-    def withdrawn(self, workload: str) -> bool:
-        """Whether no document of this workload is on file any more."""
-        ...
-
-    def grant(self, name: str) -> Grant | None:
-        """The version in force."""
-        ...
-
-    def platform_of(self, fingerprint: str) -> KnownPlatform | None:
-        """The document of a chip, by its key's fingerprint."""
-        ...
 
 
 def platform_evidence(

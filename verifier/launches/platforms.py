@@ -43,11 +43,13 @@ class DenyList:
         self._fingerprint_of: dict[str, str] = {}
         self.set_owners(owners)
 
-    def set_owners(self, owners: Iterable[str]) -> None:
-        """Put another list of the owner's in place of the last."""
+    def set_owners(self, owners: Iterable[str]) -> bool:
+        """Put another list of the owner's in place of the last; whether it names a chip id that the last did not."""
+        before = self._by_chip_id.keys()
         named = dict.fromkeys(owners, "revoked by the owner")
         self._by_fingerprint = {each: why for each, why in named.items() if len(each) == _FINGERPRINT_DIGITS}
         self._by_chip_id = {each: why for each, why in named.items() if len(each) == _CHIP_ID_DIGITS} | BROKEN_CHIPS
+        return bool(self._by_chip_id.keys() - before)
 
     def why(self, fingerprint: str, chip_id: bytes = b"") -> str | None:
         """Why this chip is denied; None where it is not.

@@ -44,7 +44,7 @@ from verifier.keys.base import launch_place
 from verifier.launches import ledger
 from verifier.launches.broker import JUDGED_MAX
 from verifier.launches.dependencies import Dependencies, changing, refusal, refusal_for
-from verifier.launches.gather import Documents, launch_evidence, standing_evidence
+from verifier.launches.gather import launch_evidence, standing_evidence
 from verifier.launches.launch import Released, ReleaseRequest, view
 from verifier.launches.records import AuditEvent
 from verifier.launches.state import Event, State, after, ended
@@ -58,6 +58,7 @@ from verifier.launches.steps import (
     settle,
     unknown_launch,
 )
+from verifier.library.documents import Documents
 from verifier.secrets.receipt import receipt_claims
 from verifier.secrets.release import LISTED, NOT_MEASURED, build_packet, generated_secrets
 from verifier.store.rows import LaunchRow, Move, Outcome, Packet, PdhSighting, RequestKey, RequestRow

@@ -1,0 +1,122 @@
+"""Which implementations a configuration asks for: store, sealing keys, secret sources, key service.
+
+Only the composition root and the commands beside it call this. Nothing is opened here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from common.amd.kds import KeyService, key_service
+from common.errors import InvalidInput, Reason, SevattestError
+from common.sev.certs.roots import Root, named_root, pinned_roots
+from common.telemetry.log import Log
+from verifier.config import Config
+from verifier.keys.base import SealingKey
+from verifier.keys.file import read_key_file
+from verifier.keys.keyring import Keyring
+from verifier.keys.pkcs11 import TokenKey, read_wrapped_key_file
+from verifier.keys.token import Pkcs11Settings
+from verifier.secrets.router import Secrets
+from verifier.secrets.stored import StoredSecrets
+from verifier.secrets.vault import VaultSecrets, VaultSettings
+from verifier.store.engine import no_step
+from verifier.store.sql_store import SqlStore
+from verifier.store.sqlite import SqliteStore
+
+
+def make_store(config: Config, on_step: Callable[[str], None] = no_step) -> SqlStore:
+    """The store of this configuration, not opened yet.
+
+    Raises:
+        InvalidInput: INVALID_CONFIGURATION.
+    """
+    if config.store is None:
+        return SqliteStore(config.folder, on_step=on_step)
+    from verifier.store.postgres import PostgresStore, read_dsn  # noqa: PLC0415 -- an extra
+
+    return PostgresStore(read_dsn(config.store.postgres), connections=config.store.connections, on_step=on_step)
+
+
+def sealing_keys(config: Config) -> tuple[SealingKey, ...]:
+    """The key that seals, and those that only open, in this order.
+
+    Raises:
+        InvalidInput: INVALID_CONFIGURATION.
+    """
+    return tuple(_key(config, path) for path in (config.key_file, *config.older_key_files))
+
+
+def token_keys(keys: tuple[SealingKey, ...]) -> tuple[TokenKey, ...]:
+    """Those of them that a token opens, and that must be kept fresh."""
+    return tuple(key for key in keys if isinstance(key, TokenKey))
+
+
+def _key(config: Config, path: Path) -> SealingKey:
+    if config.pkcs11 is None:
+        return read_key_file(path)
+    return read_wrapped_key_file(path, token_settings(config))
+
+
+def token_settings(config: Config) -> Pkcs11Settings:
+    """How the configured token is reached."""
+    token = config.pkcs11
+    if token is None:
+        raise InvalidInput(Reason.INVALID_CONFIGURATION, "pkcs11: is not set")
+    return Pkcs11Settings(
+        module=token.module, token=token.token, key=token.key, pin_file=token.pin_file, keep=token.keep
+    )
+
+
+def make_secrets(
+    config: Config, store: SqlStore, keyring: Keyring, random: Callable[[int], bytes], log: Log
+) -> Secrets:
+    """The sources of secrets.
+
+    Raises:
+        InvalidInput: INVALID_CONFIGURATION.
+    """
+    vault = config.vault
+    asked = (
+        None
+        if vault is None
+        else VaultSecrets(
+            VaultSettings(
+                address=vault.address,
+                token_file=vault.token_file,
+                ca=vault.ca,
+                namespace=vault.namespace,
+                timeout=vault.timeout,
+            )
+        )
+    )
+    return Secrets(stored=StoredSecrets(store, keyring), vault=asked, random=random, log=log)
+
+
+def make_key_service(config: Config, roots: tuple[Root, ...]) -> KeyService | None:
+    """Where signed CEKs come from; None for nowhere."""
+    return None if config.kds is None else key_service(config.kds.source, config.kds.cache, roots=roots)
+
+
+def trusted_roots(config: Config) -> tuple[tuple[Root, ...], tuple[tuple[Path, Root], ...]]:
+    """All roots, and those among them that only the configuration names.
+
+    Raises:
+        InvalidInput: a file cannot be read or holds no root.
+    """
+    named = []
+    for path in config.platforms.extra_roots:
+        try:
+            root = named_root(path.read_bytes())
+        except OSError as error:
+            raise InvalidInput(
+                Reason.INVALID_CONFIGURATION, f"platforms.extra_roots: {path}: {(error.strerror or '').lower()}"
+            ) from error
+        except SevattestError as error:
+            raise InvalidInput(
+                Reason.INVALID_CONFIGURATION, f"platforms.extra_roots: {path}: {error.message}"
+            ) from error
+        if root.emulated:
+            named.append((path, root))
+    return (*pinned_roots(), *(root for _, root in named)), tuple(named)
