@@ -15,11 +15,11 @@ from common.rpc.identity import Role, parse_spiffe_id
 from common.sev.abi import CHAIN_SIZE
 from sevattest.v1 import verifier_admin_service_pb2 as pb
 from sevattest.v1 import verifier_service_pb2
+from verifier.admin.cases import Judgement, Supposed
 from verifier.admin.filed import Filed, Kind
 from verifier.admin.launches import OwnedLaunch
 from verifier.admin.paging import PageRequest
 from verifier.admin.records import ShownRecord
-from verifier.admin.simulate import Judgement, Supposed
 from verifier.documents.text import TEXT_MAX
 from verifier.launches.state import State
 from verifier.service import STATES, launch_message
