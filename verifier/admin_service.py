@@ -12,8 +12,9 @@ import grpc
 
 from common import wire
 from common.errors import InvalidInput, Reason
+from common.rpc import MAX_ADMIN_MESSAGE
 from common.rpc.identity import caller
-from common.rpc.server import Server
+from common.rpc.server import Limits, Server
 from common.rpc.steps import shielded
 from sevattest.v1 import verifier_admin_service_pb2 as pb
 from sevattest.v1 import verifier_admin_service_pb2_grpc
@@ -22,6 +23,9 @@ from verifier.admin.desks import Desks
 from verifier.admin.requests import Asked
 
 _Context = grpc.aio.ServicerContext[Any, Any]
+
+# Of the owner's listener: documents travel there.
+LIMITS = Limits(message=MAX_ADMIN_MESSAGE)
 
 
 class AdminServicer(verifier_admin_service_pb2_grpc.VerifierAdminServiceServicer):
