@@ -7,6 +7,7 @@ owner's. The clock stands still unless a test moves it.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,7 @@ import pytest
 import yaml
 
 from common.amd.kds import KeyService
+from common.audit.jws import RECEIPT_TYPE, read_key_set, verify_jws
 from common.errors import SevattestError
 from common.sev.measurement import FirmwareVersion, MeasurementBlob
 from common.sev.secret import SecretEntry, parse_table
@@ -29,6 +31,7 @@ from tests.support.firmware import amdsev_image
 from tests.support.recording_log import RecordingLog
 from tests.support.rpc import SettableClock
 from verifier.keys.file import FileKey
+from verifier.keys.identities import load_identities
 from verifier.launches.broker import Broker
 from verifier.launches.dependencies import Dependencies, no_step
 from verifier.launches.launch import AbandonRequest, BeginRequest, Begun, Launch, Released, ReleaseRequest
@@ -38,12 +41,14 @@ from verifier.launches.release import Releaser
 from verifier.launches.reports import ReportVerifier
 from verifier.launches.timekeeper import Timekeeper
 from verifier.library.library import Library
-from verifier.secrets.file import FileSecrets
+from verifier.secrets.router import Secrets
+from verifier.secrets.stored import StoredSecrets
 from verifier.store.rows import AuditRow
 from verifier.store.sqlite import SqliteStore, read_audit
 from verifier.store.sqlite_file import FILE_NAME
 
 CALLER = "spiffe://datacenter.example/orchestrator/cluster"
+VERIFIER = "spiffe://owner.example/verifier/v"
 STRANGER = "spiffe://datacenter.example/orchestrator/stranger"
 START = datetime(2026, 3, 1, 12, tzinfo=UTC)
 FIRMWARE = FirmwareVersion(1, 55, 24)
@@ -213,9 +218,16 @@ class Desk:
 
     async def digests(self, workload: str = "web") -> tuple[bytes, ...]:
         """What the workload in force allows."""
-        prepared = await self.library.in_force(workload)
+        prepared = await self.library.in_force(await self.library.current(), workload)
         assert prepared is not None
         return tuple(reference.digest for reference in prepared.references)
+
+    def receipt(self, released: Released) -> dict[str, Any]:
+        """What a receipt says, its signature verified; our own claims without their prefix."""
+        keys = read_key_set(json.dumps(self.dependencies.signer.jwks()).encode())
+        claims = verify_jws(released.receipt, keys, typ=RECEIPT_TYPE).claims
+        said: dict[str, Any] = claims["submods"]["sev"]
+        return {name.removeprefix("sevattest."): value for name, value in said.items()}
 
     def audit(self, launch_id: UUID | None = None) -> list[AuditRow]:
         """The audit records."""
@@ -269,20 +281,25 @@ async def desk(
     clock = clock or SettableClock(START)
     recording = RecordingLog()
     log = write_log or recording
-    library = Library(documents, log)
-    await library.load()
     store = SqliteStore(folder / "state", on_step=on_step)
     await store.open()
     try:
+        library = Library(documents, store, log)
+        await library.load()
         deny_list = DenyList(denied)
+        sealing = FileKey(KEK)
+        identities = await load_identities(store, sealing, os.urandom)
         dependencies = Dependencies(
             store=store,
-            workloads=library,
+            library=library,
             platforms=PlatformVerifier([root], key_service, log),
             denied=deny_list,
-            sealing=FileKey(KEK),
-            secrets=FileSecrets(random, log),
-            time=Timekeeper(clock, await store.last_time()),
+            sealing=sealing,
+            signer=identities.signer,
+            pseudonyms=identities.pseudonyms,
+            issuer=VERIFIER,
+            secrets=Secrets(stored=StoredSecrets(store, sealing), random=random, log=log),
+            time=Timekeeper(clock, store.last_time),
             records=Recorder(log, uuid4),
             random=random,
             new_id=uuid4,

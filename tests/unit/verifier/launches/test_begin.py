@@ -318,7 +318,8 @@ async def test_the_record_of_begin_says_what_was_agreed(tmp_path: Path) -> None:
         body = json.loads(record.body)
         assert (record.event, record.caller) == ("launch.begun", CALLER)
         assert body["workload"]["name"] == "web"
-        assert body["platform"] == {"generation": "emulated", "fingerprint": begun.launch.fingerprint}
+        chip = d.dependencies.pseudonyms.of(begun.launch.fingerprint)
+        assert body["platform"] == {"generation": "emulated", "chip": chip}
         (line,) = d.log.named("launch.begun")
         assert line.fields["launch_id"] == str(begun.launch.launch_id)
 

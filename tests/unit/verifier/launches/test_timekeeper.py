@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 import pytest
 
@@ -12,34 +12,55 @@ from tests.support.rpc import SettableClock
 from verifier.launches.timekeeper import SKEW_MAX, Timekeeper
 
 
-def test_a_new_store_takes_the_clocks_word() -> None:
-    assert Timekeeper(SettableClock(START), None).now_for_decisions() == START
+class Stored:
+    """What the store answers; another replica may move it."""
+
+    def __init__(self, time: datetime | None = None) -> None:
+        self.time = time
+
+    async def __call__(self) -> datetime | None:
+        return self.time
 
 
-def test_a_small_step_back_stands_still() -> None:
+async def test_a_new_store_takes_the_clocks_word() -> None:
+    assert await Timekeeper(SettableClock(START), Stored()).now_for_decisions() == START
+
+
+async def test_a_small_step_back_stands_still() -> None:
     clock = SettableClock(START)
-    keeper = Timekeeper(clock, START)
+    keeper = Timekeeper(clock, Stored(START))
     clock.advance(-SKEW_MAX)
-    assert keeper.now() == START
-    assert keeper.now_for_decisions() == START
+    assert await keeper.now() == START
+    assert await keeper.now_for_decisions() == START
 
 
-def test_a_large_step_back_stops_decisions_until_the_clock_has_caught_up() -> None:
+async def test_a_large_step_back_stops_decisions_until_the_clock_has_caught_up() -> None:
     clock = SettableClock(START)
-    keeper = Timekeeper(clock, None)
+    keeper = Timekeeper(clock, Stored())
     keeper.stored(START)
     clock.advance(-SKEW_MAX - timedelta(seconds=1))
-    assert keeper.now() == START
+    assert await keeper.now() == START
     with pytest.raises(WrongState) as caught:
-        keeper.now_for_decisions()
+        await keeper.now_for_decisions()
     assert caught.value.reason is Reason.CLOCK_SKEW
     clock.advance(timedelta(seconds=1))
-    assert keeper.now_for_decisions() == START
+    assert await keeper.now_for_decisions() == START
 
 
-def test_what_was_only_read_does_not_count() -> None:
+async def test_what_another_replica_stored_counts_from_the_next_decision_on() -> None:
+    clock, stored = SettableClock(START), Stored(START)
+    keeper = Timekeeper(clock, stored)
+    assert await keeper.now_for_decisions() == START
+    stored.time = START + timedelta(minutes=5)
+    assert await keeper.now_for_decisions() == START + timedelta(minutes=5)
+    stored.time = START + SKEW_MAX + timedelta(seconds=1)
+    with pytest.raises(WrongState):
+        await keeper.now_for_decisions()
+
+
+async def test_what_was_only_read_does_not_count() -> None:
     clock = SettableClock(START + timedelta(days=400))
-    keeper = Timekeeper(clock, START)
-    keeper.now_for_decisions()
+    keeper = Timekeeper(clock, Stored(START))
+    await keeper.now_for_decisions()
     clock.time = START
-    assert keeper.now_for_decisions() == START
+    assert await keeper.now_for_decisions() == START
