@@ -171,7 +171,7 @@ class PostgresEngine:
 
         def attempt(connection: psycopg.Connection[Row]) -> T:
             try:
-                connection.execute("BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE", prepare=False)
+                connection.execute("BEGIN ISOLATION LEVEL READ COMMITTED", prepare=False)
                 result = work(PostgresTransaction(connection, self._schema))
                 self._on_step(f"{name}:before-commit")
             except BaseException:

@@ -171,7 +171,7 @@ class Secrets(OverEngine):
             found = {row[0] for query in _KEYS for row in transaction.rows(query)}
             # Generated secrets stay for ever. One look into the index for each key, not for each secret.
             last = transaction.row(_NEXT_GENERATED, b"")
-            while last is not None and last[0] is not None:
+            while last is not None:
                 found.add(last[0])
                 last = transaction.row(_NEXT_GENERATED, last[0])
             return frozenset(found)
@@ -217,7 +217,8 @@ _KEYS = (
     "SELECT DISTINCT substr(sealed, 2, 8) FROM identity",
 )
 _NEXT_GENERATED = (
-    "SELECT min(substr(generated, 2, 8)) FROM launch WHERE generated IS NOT NULL AND substr(generated, 2, 8) > ?"
+    "SELECT substr(generated, 2, 8) FROM launch WHERE generated IS NOT NULL AND substr(generated, 2, 8) > ? "
+    "ORDER BY substr(generated, 2, 8) LIMIT 1"
 )
 
 
