@@ -16,10 +16,8 @@ from typing import Annotated, Any
 import msgspec
 
 from common.audit.chain import GENESIS, HASH_SIZE, Head, Link, broken, walk_chain
-from common.audit.jws import KeySet, verify_jws
+from common.audit.jws import CHECKPOINT_TYPE, KeySet, verify_jws
 from common.errors import InvalidInput, Reason
-
-CHECKPOINT_TYPE = "sevattest-checkpoint+jwt"
 
 
 class _Claims(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,7 +60,7 @@ def read_checkpoint(token: str | bytes, keys: KeySet) -> SignedHead:
         digest = bytes.fromhex(known.hash)
     except ValueError:  # msgspec's own is one
         raise _no_checkpoint() from None
-    if len(digest) != HASH_SIZE or digest.hex() != known.hash:
+    if len(digest) != HASH_SIZE or digest.hex() != known.hash or known.number >> 64:
         raise _no_checkpoint()
     return SignedHead(head=Head(number=known.number, hash=digest), iat=known.iat, iss=known.iss)
 

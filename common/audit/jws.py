@@ -24,6 +24,9 @@ from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from common.errors import InvalidInput, Reason, Refused
 
 ALGORITHM = "ES256"
+# The kinds of token that the verifier signs: none passes for another.
+RECEIPT_TYPE = "sevattest-receipt+jwt"
+CHECKPOINT_TYPE = "sevattest-checkpoint+jwt"
 COORDINATE_SIZE = 32  # bytes of r, s, x and y on P-256
 HEADER_MAX = 1024  # bytes of a header; ours have about 120
 TOKEN_MAX = 256 * 1024  # bytes of a token; a receipt with all the notes that a document may have stays far below

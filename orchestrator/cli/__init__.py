@@ -21,6 +21,7 @@ from common.command import Parser, complain, run_command
 # Subcommand -> (module, one line of help); the line stands here so that `--help` imports nothing.
 COMMANDS: dict[str, tuple[str, str]] = {
     "launch": ("orchestrator.cli.launch", "launch one guest, attested end to end"),
+    "owner": ("orchestrator.cli.owner", "ask and instruct your verifier: documents, secrets, launches, audit log"),
     "export": ("orchestrator.cli.export", "write this host's certificates to a file, complete and verified"),
     "generate": ("orchestrator.cli.generate", "make an OCA certificate and its key"),
     "provision": ("orchestrator.cli.provision", "take ownership of this host's platform"),
@@ -29,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "show": ("orchestrator.cli.show", "show what this host's platform says about itself"),
     "ok": ("orchestrator.cli.ok", "check whether this host can run encrypted guests"),
     "verify": ("orchestrator.cli.verify", "verify a platform's certificates and print them as a tree"),
+    "receipt": ("orchestrator.cli.receipt", "verify a receipt and print what it says"),
     "pki": ("orchestrator.cli.pki", "make and renew the mutual-TLS identities"),
     "platform": ("orchestrator.cli.platform", "run the software SEV platform"),
     "demo": ("orchestrator.cli.demo", "show one attested launch on a software platform"),

@@ -21,6 +21,7 @@ from uuid import UUID, uuid4
 from common.command import complain
 from common.errors import InvalidInput, Reason, SevattestError, exit_code
 from common.ids import canonical_uuid
+from orchestrator.cli.receipt import readable
 from orchestrator.flow import Launch, Order, Outcome, Step, StepResult
 
 _WIDTH = max(map(len, Step))
@@ -238,5 +239,6 @@ def as_json(outcome: Outcome) -> dict[str, object]:
         },
         "measurement": base64.b64encode(measured.blob).decode() if measured else None,
         "steps": [{"name": str(result.step), "ms": round(result.seconds * 1000, 3)} for result in outcome.steps],
-        "receipt": json.loads(outcome.receipt) if outcome.receipt else None,
+        "receipt": readable(outcome.receipt) if outcome.receipt else None,
+        "receipt_token": outcome.receipt,
     }

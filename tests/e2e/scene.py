@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import re
 import signal
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
+from common.audit.jws import untrusted_claims
 from common.errors import Reason
 from common.sev.digest.ovmf import Area
 from orchestrator.demo.processes import machine_pid
@@ -203,10 +203,10 @@ class Scene:
 
     @staticmethod
     def receipt(outcome: Outcome) -> dict[str, Any]:
-        """The owner's receipt."""
+        """The facts in the owner's receipt, by their names without `sevattest.`."""
         assert outcome.receipt is not None
-        receipt: dict[str, Any] = json.loads(outcome.receipt)
-        return receipt
+        claims = untrusted_claims(outcome.receipt)["submods"]["sev"]
+        return {name.removeprefix("sevattest."): value for name, value in claims.items()}
 
     # ----------------------------------------------------------------------------------------------------- the machine
 

@@ -34,7 +34,7 @@ class Blob(Protocol):
 class BlobStore(Protocol):
     """What re-wrapping asks of a store (`verifier.store.base.Store` has it)."""
 
-    async def sealed_under_others(self, key_id: bytes, limit: int) -> Sequence[Blob]:
+    async def sealed_under_others(self, key_id: bytes, /, limit: int) -> Sequence[Blob]:
         """Sealed blobs under other keys than `key_id`."""
         ...
 

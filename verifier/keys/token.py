@@ -86,16 +86,12 @@ class Token:
             Unavailable: the token or its key is gone or locked (KEY_UNAVAILABLE).
             InvalidInput: the key can be taken out of the token (INVALID_CONFIGURATION).
         """
-        from pkcs11 import Attribute, KeyType, Mechanism, MechanismFlag, exceptions  # noqa: PLC0415
+        from pkcs11 import Attribute, KeyType, Mechanism, MechanismFlag  # noqa: PLC0415
         from pkcs11.mechanisms import GCMParams  # noqa: PLC0415
 
         with self._session(rw=make_key) as session:
-            try:
-                key = self._key(session)
-            except exceptions.NoSuchKey:
-                if not make_key:
-                    raise
-                key = session.generate_key(
+            if make_key and not self._keys(session):
+                session.generate_key(
                     KeyType.AES,
                     _KEY_BITS,
                     label=self._settings.key,
@@ -103,6 +99,7 @@ class Token:
                     capabilities=MechanismFlag.ENCRYPT | MechanismFlag.DECRYPT,
                     template={Attribute.SENSITIVE: True, Attribute.EXTRACTABLE: False},
                 )
+            key = self._key(session)
             if key[Attribute.EXTRACTABLE] or not key[Attribute.SENSITIVE] or key.key_length != _KEY_BITS:
                 raise InvalidInput(
                     Reason.INVALID_CONFIGURATION,
@@ -113,9 +110,24 @@ class Token:
             return bytes(key.encrypt(secret, mechanism=Mechanism.AES_GCM, mechanism_param=parameters))
 
     def _key(self, session: Session) -> Any:
-        from pkcs11 import KeyType, ObjectClass  # noqa: PLC0415
+        keys = self._keys(session)
+        if len(keys) != 1:
+            raise self._away(f"has {len(keys) or 'no'} AES keys {self._settings.key}")
+        return keys[0]
 
-        return session.get_key(object_class=ObjectClass.SECRET_KEY, key_type=KeyType.AES, label=self._settings.key)
+    def _keys(self, session: Session) -> list[Any]:
+        from pkcs11 import Attribute, KeyType, ObjectClass  # noqa: PLC0415
+
+        # To the end: a search that is left open fails when it is thrown away, after the session.
+        return list(
+            session.get_objects(
+                {
+                    Attribute.CLASS: ObjectClass.SECRET_KEY,
+                    Attribute.KEY_TYPE: KeyType.AES,
+                    Attribute.LABEL: self._settings.key,
+                }
+            )
+        )
 
     @contextmanager
     def _session(self, *, rw: bool = False) -> Iterator[Session]:
@@ -133,10 +145,6 @@ class Token:
                 raise self._away("refuses the PIN") from error
             except pkcs11.NoSuchToken as error:
                 raise self._away("is not there") from error
-            except pkcs11.NoSuchKey as error:
-                raise self._away(f"has no AES key {settings.key}") from error
-            except pkcs11.MultipleObjectsReturned as error:
-                raise self._away(f"has several keys {settings.key}") from error
             except pkcs11.PKCS11Error as error:  # its text may be anything; its class tells enough
                 raise self._away(f"does not do it ({type(error).__name__})") from error
 

@@ -16,7 +16,6 @@ from common.sev.abi import PolicyBit
 from common.sev.measurement import FirmwareVersion
 from common.sev.policy import GuestPolicy
 
-RECEIPT_TYPE = "sevattest-receipt+jwt"
 EAR_PROFILE = "tag:github.com,2023:veraison/ear"
 SUBMODULE = "sev"
 DEVELOPER = "sevattest"
@@ -57,7 +56,7 @@ def receipt_claims(
     guids: Sequence[UUID],
     notes: Sequence[str],
 ) -> dict[str, Any]:
-    """The claims of a receipt, to be signed as a token of the kind `RECEIPT_TYPE`.
+    """The claims of a receipt, to be signed as a token of the kind `common.audit.jws.RECEIPT_TYPE`.
 
     Args:
         issuer: who signs.

@@ -40,7 +40,7 @@ RUNNING = Outcome(
     evidence=EVIDENCE,
     session=SESSION,
     measured=Measured(blob=b"m" * 48, firmware=FIRMWARE),
-    receipt='{"secrets": 1}',
+    receipt="e30.eyJzZWNyZXRzIjoxfQ.c2lnbmVk",  # {"secrets":1}, signed by nobody
 )
 BEGUN = Outcome(order=RUNNING.order, steps=RUNNING.steps[:2], evidence=EVIDENCE, session=SESSION)
 
@@ -55,6 +55,7 @@ MEMBERS = {
     "measurement",
     "steps",
     "receipt",
+    "receipt_token",
 }
 
 
@@ -125,6 +126,17 @@ def test_the_json_of_a_running_guest_is_complete() -> None:
     assert base64.b64decode(seen["measurement"]) == b"m" * 48
     assert seen["steps"] == [{"name": step, "ms": 12.5} for step in Step]
     assert seen["receipt"] == {"secrets": 1}
+    assert seen["receipt_token"] == RUNNING.receipt
+
+
+@pytest.mark.parametrize("receipt", ["", "no token", "{", "e30.!.", '["a list"]'])
+def test_a_receipt_that_cannot_be_read_is_passed_on_as_it_is(receipt: str) -> None:
+    seen = as_json(replace(RUNNING, receipt=receipt))
+    assert (seen["receipt"], seen["receipt_token"]) == (None, receipt)
+
+
+def test_a_receipt_of_a_verifier_that_signs_none_is_read_too() -> None:
+    assert as_json(replace(RUNNING, receipt='{"secrets": 2}'))["receipt"] == {"secrets": 2}
 
 
 @pytest.mark.parametrize("outcome", [Outcome(order=RUNNING.order), BEGUN, RUNNING], ids=["none", "two", "all"])
@@ -139,7 +151,7 @@ def test_the_json_has_the_same_members_however_far_the_launch_came(outcome: Outc
 def test_the_json_of_a_refusal_names_state_reason_and_audit_id() -> None:
     seen = as_json(failed(Refused(Reason.MEASUREMENT_REFUSED, "no", audit_id="0c5d")))
     assert (seen["state"], seen["reason"], seen["audit_id"]) == ("refused", "MEASUREMENT_REFUSED", "0c5d")
-    assert seen["receipt"] is None
+    assert (seen["receipt"], seen["receipt_token"]) == (None, None)
 
 
 def test_the_page_about_launch_names_every_member_and_every_state() -> None:

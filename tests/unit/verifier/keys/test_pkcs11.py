@@ -1,0 +1,306 @@
+"""A key file that only a token opens: made, opened, lost with the token and back with it. SoftHSM is the token."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pkcs11
+import pytest
+from pkcs11 import Attribute, KeyType, MechanismFlag, ObjectClass
+
+from common.errors import InvalidInput, Reason, SevattestError, Unavailable
+from tests.support.eventually import until
+from tests.support.recording_log import RecordingLog
+from tests.support.softhsm import KEY, MISSING, PIN, TOKEN, SoftToken, make_token, softhsm_module
+from verifier.keys import pkcs11 as wrapped_keys
+from verifier.keys.file import FileKey, read_key_file, write_key_file
+from verifier.keys.pkcs11 import WRAPPED_SIZE, TokenKey, read_wrapped_key_file, write_wrapped_key_file
+from verifier.keys.token import Token
+
+MODULE = softhsm_module()
+pytestmark = pytest.mark.skipif(MODULE is None, reason=MISSING)
+
+
+@pytest.fixture
+def token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SoftToken]:
+    assert MODULE is not None
+    made = make_token(tmp_path / "token", MODULE)
+    monkeypatch.setenv("SOFTHSM2_CONF", made.environment["SOFTHSM2_CONF"])
+    yield made
+    pkcs11.lib(str(MODULE)).finalize()
+
+
+@pytest.fixture
+def path(token: SoftToken, tmp_path: Path) -> Path:
+    write_wrapped_key_file(tmp_path / "kek.bin", token.settings, make_key=True)
+    return tmp_path / "kek.bin"
+
+
+@pytest.fixture
+def content(path: Path) -> bytes:
+    return path.read_bytes()
+
+
+def reached(settings: Any, act: Callable[[Any], Any]) -> Any:
+    """What an owner does with the token by other means than ours."""
+    library = pkcs11.lib(str(settings.module))
+    library.reinitialize()
+    with library.get_token(token_label=TOKEN).open(rw=True, user_pin=PIN) as session:
+        return act(session)
+
+
+async def refusal(key: TokenKey) -> SevattestError:
+    with pytest.raises(Unavailable) as caught:
+        await key.refresh()
+    assert caught.value.reason is Reason.KEY_UNAVAILABLE
+    assert PIN not in caught.value.message
+    return caught.value
+
+
+async def test_what_is_sealed_opens_with_the_token_and_not_before(token: SoftToken, path: Path) -> None:
+    key = read_wrapped_key_file(path, token.settings)
+    with pytest.raises(Unavailable, match="not asked yet") as caught:
+        key.seal(b"secret", b"place")
+    assert caught.value.reason is Reason.KEY_UNAVAILABLE
+    await key.refresh()
+    sealed = key.seal(b"secret", b"place")
+    again = read_wrapped_key_file(path, token.settings)
+    await again.refresh()
+    assert again.unseal(sealed, b"place") == b"secret"
+    assert again.key_id == key.key_id == sealed[1:9]
+    with pytest.raises(Unavailable, match="does not open"):
+        again.unseal(sealed, b"elsewhere")
+
+
+async def test_the_file_has_the_form_that_the_page_gives(token: SoftToken, path: Path, content: bytes) -> None:
+    """Opened once more with python-pkcs11 alone, and sealed with the 32 bytes that come out."""
+    assert (len(content), content[0]) == (WRAPPED_SIZE, 1)
+
+    def unwrap(session: Any) -> bytes:
+        found = session.get_key(object_class=ObjectClass.SECRET_KEY, label=KEY)
+        assert not found[Attribute.EXTRACTABLE]
+        assert found[Attribute.SENSITIVE]
+        with pytest.raises(pkcs11.AttributeSensitive):
+            found[Attribute.VALUE]
+        parameters = pkcs11.GCMParams(content[9:21], content[:9])
+        return bytes(found.decrypt(content[21:], mechanism=pkcs11.Mechanism.AES_GCM, mechanism_param=parameters))
+
+    kek = reached(token.settings, unwrap)
+    assert len(kek) == 32
+    assert kek not in content
+    assert FileKey(kek).key_id == content[1:9]
+    key = read_wrapped_key_file(path, token.settings)
+    await key.refresh()
+    assert FileKey(kek).unseal(key.seal(b"secret", b"place"), b"place") == b"secret"
+    assert kek.hex() not in repr(key)
+
+
+async def test_a_pulled_token_is_missed_when_the_kept_key_runs_out_and_welcome_when_it_is_back(
+    token: SoftToken, content: bytes
+) -> None:
+    now = 1000.0
+    key = TokenKey(content, Token(token.settings), keep=60, monotonic=lambda: now)
+    await key.refresh()
+    sealed = key.seal(b"secret", b"place")
+    token.pull()
+    assert "is not there" in (await refusal(key)).message
+    now += 59.9
+    assert key.unseal(sealed, b"place") == b"secret"
+    now += 0.1
+    with pytest.raises(Unavailable, match="is not there") as caught:
+        key.unseal(sealed, b"place")
+    assert caught.value.reason is Reason.KEY_UNAVAILABLE
+    with pytest.raises(Unavailable):
+        key.seal(b"secret", b"place")
+    token.put_back()
+    await key.refresh()
+    assert key.unseal(sealed, b"place") == b"secret"
+
+
+async def test_a_token_folder_that_is_gone_altogether_comes_back_too(token: SoftToken, path: Path) -> None:
+    key = read_wrapped_key_file(path, token.settings)
+    token.pull()
+    (token.folder / "tokens").rmdir()
+    for _ in range(3):
+        assert "does not do it" in (await refusal(key)).message
+    (token.folder / "tokens").mkdir()
+    token.put_back()
+    await key.refresh()
+    assert key.seal(b"secret", b"place")
+
+
+async def test_a_key_that_was_deleted_in_the_token_is_named(token: SoftToken, path: Path) -> None:
+    key = read_wrapped_key_file(path, token.settings)
+    reached(token.settings, lambda session: session.get_key(label=KEY).destroy())
+    assert f"has no AES keys {KEY}" in (await refusal(key)).message
+    make_another(token)  # of the same name: it opens nothing
+    assert "does not do it" in (await refusal(key)).message
+    make_another(token)
+    assert f"has 2 AES keys {KEY}" in (await refusal(key)).message
+
+
+def make_another(token: SoftToken, *, extractable: bool = False) -> None:
+    reached(
+        token.settings,
+        lambda session: session.generate_key(
+            KeyType.AES,
+            256,
+            label=KEY,
+            store=True,
+            capabilities=MechanismFlag.ENCRYPT | MechanismFlag.DECRYPT,
+            template={Attribute.EXTRACTABLE: extractable, Attribute.SENSITIVE: not extractable},
+        ),
+    )
+
+
+async def test_a_refused_pin_is_not_tried_again_until_its_file_changes(
+    token: SoftToken, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = read_wrapped_key_file(path, token.settings)
+    asked = 0
+    library = pkcs11.lib
+
+    def counted(so: str) -> Any:
+        nonlocal asked
+        asked += 1
+        return library(so)
+
+    monkeypatch.setattr(pkcs11, "lib", counted)
+    token.write_pin("another")
+    refusals = [(await refusal(key)).message for _ in range(4)]
+    assert asked == 1
+    assert "refuses the PIN" in refusals[0]
+    assert all("not tried again" in message and "another" not in message for message in refusals[1:])
+    token.write_pin(PIN)
+    await key.refresh()
+    assert asked == 2
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604])
+async def test_a_pin_file_that_others_can_read_is_not_used(token: SoftToken, path: Path, mode: int) -> None:
+    key = read_wrapped_key_file(path, token.settings)
+    token.settings.pin_file.chmod(mode)
+    assert "can be used by others" in (await refusal(key)).message
+    token.settings.pin_file.unlink()
+    assert "No such file" in (await refusal(key)).message
+    token.write_pin(PIN)
+    await key.refresh()
+
+
+async def test_a_library_that_is_not_there_is_a_key_out_of_reach(token: SoftToken, path: Path, tmp_path: Path) -> None:
+    key = read_wrapped_key_file(path, replace(token.settings, module=tmp_path / "none.so"))
+    assert "does not do it (PKCS11Error)" in (await refusal(key)).message
+
+
+async def test_a_changed_key_file_does_not_open(token: SoftToken, content: bytes) -> None:
+    for at in range(1, WRAPPED_SIZE):
+        changed = bytearray(content)
+        changed[at] ^= 1
+        await refusal(TokenKey(bytes(changed), Token(token.settings), keep=60))
+    await TokenKey(content, Token(token.settings), keep=60).refresh()
+
+
+@pytest.mark.parametrize(
+    "change", [lambda _: b"", lambda data: data[:-1], lambda data: b"\x02" + data[1:]], ids=range(3)
+)
+def test_what_is_no_wrapped_key_is_refused(token: SoftToken, path: Path, change: Callable[[bytes], bytes]) -> None:
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(InvalidInput, match="is not a key of 69 bytes"):
+        read_wrapped_key_file(path, token.settings)
+
+
+def test_plain_and_wrapped_key_files_are_not_taken_for_each_other(token: SoftToken, path: Path) -> None:
+    with pytest.raises(InvalidInput, match="must hold 32 bytes"):
+        read_key_file(path)
+    write_key_file(path.with_name("plain"))
+    with pytest.raises(InvalidInput, match="is not a key of 69 bytes"):
+        read_wrapped_key_file(path.with_name("plain"), token.settings)
+
+
+def test_keygen_makes_a_key_only_when_asked_and_overwrites_nothing(token: SoftToken, tmp_path: Path) -> None:
+    with pytest.raises(Unavailable, match="has no AES keys"):
+        write_wrapped_key_file(tmp_path / "kek", token.settings)
+    assert not (tmp_path / "kek").exists()
+    key_id = write_wrapped_key_file(tmp_path / "kek", token.settings, make_key=True)
+    assert (tmp_path / "kek").read_bytes()[1:9] == key_id
+    assert stat.S_IMODE((tmp_path / "kek").stat().st_mode) == 0o600
+    assert write_wrapped_key_file(tmp_path / "second", token.settings, make_key=True) != key_id  # with the same key
+    assert len(reached(token.settings, lambda session: list(session.get_objects({Attribute.LABEL: KEY})))) == 1
+    with pytest.raises(InvalidInput, match="never overwritten"):
+        write_wrapped_key_file(tmp_path / "kek", token.settings)
+
+
+def test_a_key_that_could_leave_the_token_wraps_nothing(token: SoftToken, tmp_path: Path) -> None:
+    make_another(token, extractable=True)
+    with pytest.raises(InvalidInput, match="cannot leave the token"):
+        write_wrapped_key_file(tmp_path / "kek", token.settings, make_key=True)
+    assert not (tmp_path / "kek").exists()
+
+
+async def test_the_chore_keeps_the_key_fresh_and_says_when_the_token_is_lost_and_back(
+    token: SoftToken, path: Path
+) -> None:
+    log = RecordingLog()
+    key = read_wrapped_key_file(path, replace(token.settings, keep=0.2))
+    chore = asyncio.create_task(key.keep_fresh(log))
+    try:
+        await until(lambda: usable(key))
+        token.pull()
+        await until(lambda: log.named("keys.token_lost") and not usable(key))
+        token.put_back()
+        await until(lambda: log.named("keys.token_back") and usable(key))
+    finally:
+        chore.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await chore
+    assert [event.name for event in log.events] == ["keys.token_lost", "keys.token_back"]
+    assert log.events[0].fields["sealing"] == key.key_id.hex()
+
+
+def usable(key: TokenKey) -> bool:
+    try:
+        key.seal(b"secret", b"place")
+    except Unavailable:
+        return False
+    return True
+
+
+async def test_a_token_that_hangs_stops_nobody_and_is_asked_once(
+    token: SoftToken, content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go, asked = threading.Event(), 0
+
+    class Hanging(Token):
+        def decrypt(self, nonce: bytes, associated: bytes, sealed: bytes) -> bytes:
+            nonlocal asked
+            asked += 1
+            go.wait(60)
+            return super().decrypt(nonce, associated, sealed)
+
+    monkeypatch.setattr(wrapped_keys, "PATIENCE_S", 0.05)
+    key = TokenKey(content, Hanging(token.settings), keep=60)
+    try:
+        for _ in range(3):
+            assert "does not answer" in (await refusal(key)).message
+        assert asked == 1
+    finally:
+        go.set()
+    monkeypatch.setattr(wrapped_keys, "PATIENCE_S", 30.0)
+    await key.refresh()
+    assert usable(key)
+
+
+def test_without_python_pkcs11_the_extra_is_named(
+    token: SoftToken, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "pkcs11", None)
+    with pytest.raises(InvalidInput, match="not installed") as caught:
+        read_wrapped_key_file(path, token.settings)
+    assert "sevattest[pkcs11]" in caught.value.fields["hint"]
