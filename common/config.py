@@ -23,7 +23,18 @@ _T = TypeVar("_T", bound=msgspec.Struct)
 
 PREFIX = "SEVATTEST_"
 # Variables that mean something to other parts of the project and are no settings of a service.
-NOT_SETTINGS = frozenset({"SEVATTEST_DEVICE", "SEVATTEST_QEMU_NEWER", "SEVATTEST_SEVCTL", "SEVATTEST_VECTORS"})
+NOT_SETTINGS = frozenset(
+    {
+        "SEVATTEST_DEVICE",
+        "SEVATTEST_OWNER_ADMIN",
+        "SEVATTEST_OWNER_CA",
+        "SEVATTEST_OWNER_CERT",
+        "SEVATTEST_OWNER_KEY",
+        "SEVATTEST_QEMU_NEWER",
+        "SEVATTEST_SEVCTL",
+        "SEVATTEST_VECTORS",
+    }
+)
 
 # Far above any configuration that a person writes.
 _MAX_FILE = 1 << 20

@@ -1,0 +1,165 @@
+"""`sevattest owner audit list|verify` and `keys`: the evidence, and whether it is whole (docs/audit-log.md)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common.ids import canonical_uuid
+from orchestrator.cli.owner.connection import connected
+from orchestrator.cli.owner.files import read
+from orchestrator.cli.owner.text import as_json, clean, when
+from orchestrator.drivers.admin_values import AuditRecord
+from orchestrator.files import NewFile, write_all
+
+if TYPE_CHECKING:
+    from common.audit.chain import Head, Link
+    from common.audit.checkpoint import SignedHead
+    from orchestrator.drivers.admin import VerifierAdmin
+
+_TOKEN_MAX = 16 * 1024
+_KEYS_MAX = 64 * 1024
+_BATCH = 1000  # records that are verified at once, so that a log of any length fits into memory
+
+
+def add_list(parser: argparse.ArgumentParser) -> None:
+    """The command line of `audit list`."""
+    parser.add_argument("--launch", type=_uuid, default="", metavar="ID", help="only records of this launch")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a line")
+
+
+def _uuid(text: str) -> str:
+    if canonical_uuid(text) is None:
+        raise argparse.ArgumentTypeError("must be a launch's id, a UUID in lower case")
+    return text
+
+
+def run_list(args: argparse.Namespace) -> int:
+    """Print records as they come."""
+
+    async def work(admin: VerifierAdmin) -> int:
+        async for record in admin.records(args.launch):
+            if args.json:
+                print(json.dumps(_as_object(record), ensure_ascii=False))
+            else:
+                print("\n".join(_lines(record)))
+        return 0
+
+    return connected(args, work)
+
+
+def _as_object(record: AuditRecord) -> dict[str, Any]:
+    """One flat object: the record's members, those of its body, and its place."""
+    members = json.loads(record.json)
+    body = json.loads(members.pop("body"))
+    return {"number": record.number, "hash": record.hash, **members, "time": record.time.isoformat(), **body}
+
+
+def _lines(record: AuditRecord) -> Iterator[str]:
+    members = _as_object(record)
+    words = [str(members[name]) for name in ("launch_id", "reason", "caller") if members.get(name)]
+    yield "  ".join([str(record.number), when(record.time), record.event, *map(clean, words)])
+    yield from (f"  {each['rule']}: {clean(each['message'])}" for each in members.get("findings", ()))
+    if explanation := members.get("explanation"):
+        yield f"  explanation: {clean(explanation['sentence'])}"
+    yield f"  audit id {record.audit_id}"
+
+
+def add_verify(parser: argparse.ArgumentParser) -> None:
+    """The command line of `audit verify`."""
+    parser.add_argument("--jwks", metavar="FILE", help="the verifier's keys, as `sevattest owner keys` gave them once")
+    parser.add_argument(
+        "--since-checkpoint", metavar="FILE", help="a checkpoint that was kept: what was signed then is not read again"
+    )
+    parser.add_argument("--keep", type=Path, metavar="FILE", help="keep the newest checkpoint there, for the next time")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    """Read the whole log and verify it; 1 where a record was changed, removed, moved or cut off."""
+    from common.audit.checkpoint import read_checkpoint, verify_checkpoints
+    from common.audit.jws import read_key_set
+
+    pinned = None if args.jwks is None else read_key_set(read(args.jwks, _KEYS_MAX))
+    kept = None if args.since_checkpoint is None else read(args.since_checkpoint, _TOKEN_MAX).decode("ascii").strip()
+
+    async def work(admin: VerifierAdmin) -> int:
+        keys = read_key_set((await admin.jwks()).encode()) if pinned is None else pinned
+        # Before the records, which only become more.
+        tokens = await admin.checkpoints()
+        signed = verify_checkpoints([*tokens, *([] if kept is None else [kept])], keys)
+        start = None if kept is None else read_checkpoint(kept, keys).head
+        head = await _verified(admin, signed, start)
+        covered = signed[-1].head.number if signed else 0
+        if args.keep is not None and tokens:
+            write_all([NewFile(path=args.keep, data=tokens[-1].encode() + b"\n")])
+        _say_verified(args, head, len(signed), covered, start)
+        return 0
+
+    return connected(args, work)
+
+
+async def _verified(admin: VerifierAdmin, signed: Sequence[SignedHead], start: Head | None) -> Head:
+    """The head of the log, all of which holds.
+
+    Raises:
+        Refused: it does not.
+    """
+    from common.audit.chain import GENESIS
+    from common.audit.checkpoint import verify_log
+
+    head = start or GENESIS
+    batch: list[Link] = []
+    async for record in admin.records():
+        if start is not None and record.number <= start.number:
+            continue
+        batch.append(_link(record))
+        if len(batch) == _BATCH:
+            head = verify_log(batch, [each for each in signed if each.head.number <= batch[-1].number], head)
+            batch = []
+    # With the rest of the checkpoints, so that a log that ends before one of them is found.
+    return verify_log(batch, signed, head)
+
+
+def _link(record: AuditRecord) -> Link:
+    from common.audit.chain import Link
+
+    return Link(number=record.number, hash=bytes.fromhex(record.hash), fields=json.loads(record.json))
+
+
+def _say_verified(args: argparse.Namespace, head: Head, checkpoints: int, covered: int, start: Head | None) -> None:
+    first = 1 if start is None else start.number + 1
+    if args.json:
+        print(
+            as_json(
+                {
+                    "records": head.number,
+                    "hash": head.hash.hex(),
+                    "first": first,
+                    "checkpoints": checkpoints,
+                    "covered": covered,
+                    "pinned": args.jwks is not None,
+                }
+            )
+        )
+    else:
+        print(f"the audit log is whole: records {first} to {head.number}, {checkpoints} checkpoints")
+        print(f"signed up to record {covered}; {head.number - covered} came after the newest checkpoint")
+    if args.jwks is None:
+        print(
+            "warning: the keys are the verifier's own word of today, --jwks takes those that you kept", file=sys.stderr
+        )
+
+
+def run_keys(args: argparse.Namespace) -> int:
+    """Print the JWK set."""
+
+    async def work(admin: VerifierAdmin) -> int:
+        print(as_json(json.loads(await admin.jwks())))
+        return 0
+
+    return connected(args, work)
