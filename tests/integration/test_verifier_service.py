@@ -27,6 +27,7 @@ from tests.support.chains import fresh_ca, make_platform
 from tests.support.desk import CALLER, SECRET, document, write_document
 from tests.support.verifier_process import ServingVerifier, VerifierSite
 from verifier.library.artefacts import ArtefactShelf
+from verifier.library.documents import snapshot
 from verifier.library.folder import read_folder
 from verifier.library.library import prepare
 
@@ -69,7 +70,7 @@ def begin(site: VerifierSite, **changes: Any) -> verifier_service_pb2.BeginLaunc
 
 def measured(site: VerifierSite, begun: Any, digest: bytes | None = None, index: int = 0) -> bytes:
     if digest is None:
-        workload = read_folder(site.folder / "documents")["web"][0]
+        workload = snapshot(0, read_folder(site.folder / "documents")).workloads["web"][0]
         digest = prepare(workload, ArtefactShelf()).references[index].digest
     keys = psp.open_channel(pdh_key=site.platform.keys.pdh, godh=begun.godh, session=begun.session, policy=begun.policy)
     nonce = os.urandom(16)
@@ -271,7 +272,7 @@ async def test_a_bad_configuration_keeps_no_document_out(
     site.config.write_text(site.config.read_text() + 'denied_chips = ["x"]\n')
     served.process.send_signal(signal.SIGHUP)
     await until_logged(site, "configuration.refused")
-    await until_logged(site, "workloads.loaded", 2)
+    await until_logged(site, "documents.loaded", 2)
     assert (await ask(stub.BeginLaunch, begin(site))).launch.workload_version == "2"
 
 

@@ -171,7 +171,7 @@ def main(config: str, die_at: str) -> None:
     async def serve() -> None:
         surroundings = replace(real_surroundings(), on_step=killer(die_at))
         app = App(Path(config), configure("sev-verifier"), surroundings)
-        await app.run(lambda address: print(f"sev-verifier: serving on {address}", flush=True))  # noqa: T201 -- as serve does
+        await app.run(lambda at: print(f"sev-verifier: serving on {at.launches}", flush=True))  # noqa: T201 -- as serve does
 
     asyncio.run(serve())
 
