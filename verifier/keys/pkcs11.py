@@ -23,6 +23,7 @@ from typing import NoReturn
 
 from common.errors import InvalidInput, Reason, SevattestError, Unavailable
 from common.telemetry.log import Log
+from verifier.keys.base import SealingKey
 from verifier.keys.file import KEK_SIZE, KEY_ID_SIZE, FileKey, read_private_file, write_private_file
 from verifier.keys.token import Pkcs11Settings, Token
 
@@ -33,6 +34,7 @@ _ASSOCIATED_SIZE = 1 + KEY_ID_SIZE
 _HEADER_SIZE = _ASSOCIATED_SIZE + _NONCE_SIZE
 WRAPPED_SIZE = _HEADER_SIZE + KEK_SIZE + _TAG_SIZE
 PATIENCE_S = 10.0  # that a token may take to answer
+_HINT = "sev-verifier keygen FILE --pkcs11-module … makes one"
 RETRY_S = 2.0  # between two questions to a token that does not
 
 
@@ -57,7 +59,7 @@ class TokenKey:
             raise InvalidInput(
                 Reason.INVALID_CONFIGURATION,
                 f"key_file: is not a key of {WRAPPED_SIZE} bytes that a token wrapped",
-                hint="sev-verifier keygen FILE --pkcs11-module … makes one",
+                hint=_HINT,
             )
         self._wrapped = wrapped
         self._token = token
@@ -165,9 +167,18 @@ def read_wrapped_key_file(path: Path, settings: Pkcs11Settings) -> TokenKey:
     Raises:
         InvalidInput: there is no such file, others can use it, it is no wrapped key, or python-pkcs11 is not installed.
     """
-    hint = "sev-verifier keygen FILE --pkcs11-module … makes one"
-    wrapped = read_private_file(path, setting="key_file", limit=WRAPPED_SIZE, hint=hint)
+    wrapped = read_private_file(path, setting="key_file", limit=WRAPPED_SIZE, hint=_HINT)
     return TokenKey(wrapped, Token(settings), keep=settings.keep)
+
+
+def read_any_key_file(path: Path, settings: Pkcs11Settings) -> SealingKey:
+    """The key in a key file, plain or wrapped, as its size says: on the way from the one to the other, both are open.
+
+    Raises:
+        InvalidInput: there is no such file, others can use it, or it is neither.
+    """
+    content = read_private_file(path, setting="key_file", limit=WRAPPED_SIZE, hint=_HINT)
+    return FileKey(content) if len(content) == KEK_SIZE else TokenKey(content, Token(settings), keep=settings.keep)
 
 
 def write_wrapped_key_file(path: Path, settings: Pkcs11Settings, *, make_key: bool = False) -> bytes:

@@ -62,12 +62,16 @@ class Rewrap:
                 was moved until then stays moved.
         """
         moved = 0
-        for blob in await self._movable(limit):
-            opened = self._opened(blob)
-            if opened is None:
-                continue
-            secret, place = opened
-            moved += await self._store.reseal(blob.place, blob.sealed, self._keyring.seal(secret, place))
+        while not moved:
+            broken = len(self._broken)
+            for blob in await self._movable(limit):
+                opened = self._opened(blob)
+                if opened is None:
+                    continue
+                secret, place = opened
+                moved += await self._store.reseal(blob.place, blob.sealed, self._keyring.seal(secret, place))
+            if len(self._broken) == broken:
+                break  # nobody was in the way: there is nothing else
         return moved
 
     async def _movable(self, limit: int) -> Sequence[Blob]:

@@ -20,8 +20,15 @@ from tests.support.eventually import until
 from tests.support.recording_log import RecordingLog
 from tests.support.softhsm import KEY, MISSING, PIN, TOKEN, SoftToken, make_token, softhsm_module
 from verifier.keys import pkcs11 as wrapped_keys
-from verifier.keys.file import FileKey, read_key_file, write_key_file
-from verifier.keys.pkcs11 import WRAPPED_SIZE, TokenKey, read_wrapped_key_file, write_wrapped_key_file
+from verifier.keys.file import FileKey, read_key_file, write_key_file, write_private_file
+from verifier.keys.keyring import Keyring
+from verifier.keys.pkcs11 import (
+    WRAPPED_SIZE,
+    TokenKey,
+    read_any_key_file,
+    read_wrapped_key_file,
+    write_wrapped_key_file,
+)
 from verifier.keys.token import Token
 
 MODULE = softhsm_module()
@@ -222,6 +229,21 @@ def test_plain_and_wrapped_key_files_are_not_taken_for_each_other(token: SoftTok
     write_key_file(path.with_name("plain"))
     with pytest.raises(InvalidInput, match="is not a key of 69 bytes"):
         read_wrapped_key_file(path.with_name("plain"), token.settings)
+
+
+async def test_on_the_way_into_a_token_plain_and_wrapped_key_files_are_open_at_once(
+    token: SoftToken, path: Path, tmp_path: Path
+) -> None:
+    write_key_file(tmp_path / "plain")
+    plain, wrapped = (read_any_key_file(each, token.settings) for each in (tmp_path / "plain", path))
+    assert isinstance(wrapped, TokenKey)
+    await wrapped.refresh()
+    ring = Keyring(wrapped, [plain])
+    assert ring.unseal(plain.seal(b"secret", b"place"), b"place") == b"secret"
+    assert ring.unseal(ring.seal(b"secret", b"place"), b"place") == b"secret"
+    write_private_file(tmp_path / "neither", bytes(33))
+    with pytest.raises(InvalidInput, match="is not a key of 69 bytes"):
+        read_any_key_file(tmp_path / "neither", token.settings)
 
 
 def test_keygen_makes_a_key_only_when_asked_and_overwrites_nothing(token: SoftToken, tmp_path: Path) -> None:

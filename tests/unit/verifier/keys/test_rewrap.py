@@ -161,5 +161,13 @@ async def test_a_key_out_of_reach_stops_it_and_breaks_nothing() -> None:
     assert log.events == []
 
 
+async def test_broken_blobs_in_front_end_no_round_before_its_work_is_done() -> None:
+    broken = {("secret", f"broken-{n}", "1"): OLD.seal(b"s", b"elsewhere") for n in range(9)}
+    blobs, log = Blobs(broken | store().blobs), RecordingLog()
+    rewrap = Rewrap(blobs, Keyring(NEW, [OLD]), log)
+    assert [await rewrap.some(4), await rewrap.some(4), await rewrap.some(4)] == [4, 1, 0]
+    assert len(log.named("keys.not_moved")) == 9
+
+
 def test_every_place_of_the_store_is_the_place_that_was_sealed_for() -> None:
     assert {place: place_bytes(place) for place in PLACES} == PLACES
