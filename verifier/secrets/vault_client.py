@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import hvac.adapters  # type: ignore[import-untyped]  # ships no types
 from hvac.api.secrets_engines import KvV2  # type: ignore[import-untyped]
+from urllib3.exceptions import HTTPError
+from urllib3.response import BaseHTTPResponse
 
 from verifier.documents.sources import VaultSource
 from verifier.secrets.base import no_answer
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
 # Vault keeps up to 1 MiB in a secret by default, and JSON may spell a byte as six.
 BODY_MAX = 6 << 20
+OK = 200
 _CHUNK = 1 << 16
 
 
@@ -69,12 +72,20 @@ class _Bounded:
         # requests' own timeout is for each read; somebody waits for the whole no longer than this.
         deadline = time.monotonic() + self._timeout
         with self._adapter.get(url=url, params=params, stream=True) as response:
-            body = bytearray()
-            if response.status_code == 200:
-                for chunk in response.iter_content(_CHUNK):
-                    body += chunk
-                    if len(body) > BODY_MAX:
-                        raise no_answer("Vault's answer is too large")
-                    if time.monotonic() > deadline:
-                        raise no_answer("Vault's answer comes too slowly")
-            return Answer(status=response.status_code, body=bytes(body))
+            ok = response.status_code == OK
+            return Answer(status=response.status_code, body=_body(response.raw, deadline) if ok else b"")
+
+
+def _body(raw: BaseHTTPResponse, deadline: float) -> bytes:
+    body = bytearray()
+    try:
+        # read1, for read waits until it has as much as it was asked for.
+        while chunk := raw.read1(_CHUNK, decode_content=True):
+            body += chunk
+            if len(body) > BODY_MAX:
+                raise no_answer("Vault's answer is too large")
+            if time.monotonic() > deadline:
+                raise no_answer("Vault's answer comes too slowly")
+    except HTTPError as error:
+        raise OSError("broken off") from error
+    return bytes(body)
