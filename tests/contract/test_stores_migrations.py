@@ -1,0 +1,112 @@
+"""The schema's steps over every store: forward only, old and new processes side by side, and never two at once."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from common.errors import Unavailable
+from tests.support.postgres import Server
+from tests.support.store_rows import opening
+from tests.support.stores import Place
+from verifier.store.migrations import Step, migrations, step
+from verifier.store.rows import Outcome
+from verifier.store.sqlite_file import FILE_NAME
+
+ADDITIVE = step("0002_more", "-- compatible_from: 1\nALTER TABLE launch ADD COLUMN note TEXT;\n")
+BREAKING = step("0002_less", "-- compatible_from: 2\nALTER TABLE launch RENAME COLUMN oca TO owner_oca;\n")
+BROKEN = step(
+    "0002_bad", "-- compatible_from: 1\nCREATE TABLE half (id INTEGER);\nALTER TABLE nothing ADD COLUMN x TEXT;\n"
+)
+
+
+async def opened(place: Place, *more: Step) -> None:
+    """A process that knows `more` steps comes and goes."""
+    made = place.store(steps=(*migrations(place.kind), *more))
+    try:
+        await made.open()
+    finally:
+        await made.close()
+
+
+def applied(place: Place, request: pytest.FixtureRequest) -> list[str]:
+    query = "SELECT name FROM {}migration ORDER BY number"
+    if place.kind == "sqlite":
+        connection = sqlite3.connect(Path(place.where) / FILE_NAME)
+        rows = [row[0] for row in connection.execute(query.format(""))]
+        connection.close()
+        return rows
+    server: Server = request.getfixturevalue("postgres_server")
+    return server.sql(query.format(f'"{place.schema}".')).splitlines()
+
+
+@pytest.mark.parametrize("dialect", ["sqlite", "postgres"])
+def test_steps_are_numbered_without_gaps_and_serve_no_later_than_themselves(dialect: str) -> None:
+    steps = migrations(dialect)
+    assert [each.number for each in steps] == list(range(1, len(steps) + 1))
+    assert all(1 <= each.compatible_from <= each.number for each in steps)
+
+
+def test_both_dialects_have_the_same_steps() -> None:
+    sqlite, postgres = migrations("sqlite"), migrations("postgres")
+    assert [(each.name, each.compatible_from) for each in sqlite] == [
+        (each.name, each.compatible_from) for each in postgres
+    ]
+
+
+def test_a_step_that_does_not_say_whom_it_serves_is_no_step() -> None:
+    with pytest.raises(ValueError, match="compatible_from"):
+        step("0002_silent", "CREATE TABLE x (id INTEGER);")
+
+
+async def test_a_process_that_is_older_than_an_added_column_serves_beside_a_newer_one(
+    place: Place, request: pytest.FixtureRequest
+) -> None:
+    await opened(place)
+    await opened(place, ADDITIVE)
+    assert applied(place, request) == ["0001_everything", "0002_more"]
+    old = place.store()
+    await old.open()
+    new = opening()
+    assert await old.open_launch(new) is Outcome.DONE
+    assert await old.launch(new.launch.launch_id) == new.launch
+    await old.close()
+    await opened(place, ADDITIVE)
+
+
+async def test_a_process_that_is_older_than_a_breaking_step_refuses_to_serve(
+    place: Place, request: pytest.FixtureRequest
+) -> None:
+    await opened(place, BREAKING)
+    with pytest.raises(Unavailable, match="the store has schema 2, this version knows up to 1"):
+        await opened(place)
+    await opened(place, BREAKING)
+    assert applied(place, request) == ["0001_everything", "0002_less"]
+
+
+async def test_an_added_step_after_a_breaking_one_does_not_let_an_old_process_in(place: Place) -> None:
+    added = step("0003_more", "-- compatible_from: 2\nALTER TABLE launch ADD COLUMN note TEXT;\n")
+    await opened(place, BREAKING, added)
+    with pytest.raises(Unavailable, match="schema 3"):
+        await opened(place)
+    await opened(place, BREAKING)
+
+
+async def test_a_step_that_fails_leaves_the_schema_as_it_was(place: Place, request: pytest.FixtureRequest) -> None:
+    await opened(place)
+    with pytest.raises(Unavailable):
+        await opened(place, BROKEN)
+    assert applied(place, request) == ["0001_everything"]
+    # Nothing of it stayed: the table that its first half made can be made again.
+    half = step("0002_half", "-- compatible_from: 1\nCREATE TABLE half (id INTEGER);\n")
+    await opened(place, half)
+    assert applied(place, request) == ["0001_everything", "0002_half"]
+
+
+@pytest.mark.parametrize("place", ["postgres"], indirect=True)
+async def test_replicas_that_start_at_once_apply_each_step_once(place: Place, request: pytest.FixtureRequest) -> None:
+    await asyncio.gather(*(opened(place, ADDITIVE) for _ in range(6)))
+    assert applied(place, request) == ["0001_everything", "0002_more"]
