@@ -21,7 +21,7 @@ from common.command import Parser, complain, run_command
 # Subcommand -> (module, one line of help); the line stands here so that `--help` imports nothing.
 COMMANDS: dict[str, tuple[str, str]] = {
     "launch": ("orchestrator.cli.launch", "launch one guest, attested end to end"),
-    "owner": ("orchestrator.cli.owner.commands", "ask and instruct your verifier: documents, secrets, launches, audit log"),
+    "owner": ("orchestrator.cli.owner.commands", "your verifier: documents, secrets, launches, audit log"),
     "export": ("orchestrator.cli.export", "write this host's certificates to a file, complete and verified"),
     "generate": ("orchestrator.cli.generate", "make an OCA certificate and its key"),
     "provision": ("orchestrator.cli.provision", "take ownership of this host's platform"),
