@@ -1,4 +1,4 @@
-"""The packet of one release and the receipt that goes with it, both built in memory before anything is decided.
+"""The packet of one release, built in memory before anything is decided, and what of it the owner finds again.
 
 Every byte of the secret table comes from the owner's side: no name, label or word of a caller ever enters it.
 """
@@ -8,22 +8,16 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Callable, Sequence
-from datetime import datetime
-from typing import Any
 from uuid import UUID
-
-import msgspec
 
 from common.errors import Reason, Unavailable
 from common.sev.abi import KEY_SIZE
-from common.sev.measurement import FirmwareVersion, MeasurementBlob
-from common.sev.policy import GuestPolicy
+from common.sev.measurement import MeasurementBlob
 from common.sev.secret import SecretEntry, SecretPacket, build_table, seal_packet
 from common.sev.session import LaunchKeys
 from verifier.documents.sources import GENERATED_SIZE, GeneratedSource
 from verifier.documents.workload import ATTESTED_GUID, SecretSpec
 
-RECEIPT_TYPE = "sevattest.receipt/v1"
 NOT_MEASURED = "plain SEV: the number of vCPUs and the CPU type are not measured"
 LISTED = "the launch digest was listed by the owner: what it was computed from is not known here"
 
@@ -89,38 +83,3 @@ def read_generated(kept: bytes) -> tuple[SecretEntry, ...]:
 
 def _kept(entries: Sequence[SecretEntry]) -> bytes:
     return bytes((_KEPT_VERSION,)) + b"".join(_KEPT.pack(e.guid.bytes, len(e.data)) + e.data for e in entries)
-
-
-def write_receipt(
-    *,
-    launch_id: UUID,
-    audit_id: UUID,
-    time: datetime,
-    caller: str,
-    workload: dict[str, str],
-    policy: GuestPolicy,
-    shape: dict[str, Any],
-    digest: bytes,
-    firmware: FirmwareVersion,
-    platform: dict[str, Any],
-    guids: Sequence[UUID],
-    notes: Sequence[str],
-) -> str:
-    """The receipt: what was released to what, as a JSON object (docs/receipt.md has its members)."""
-    return msgspec.json.encode(
-        {
-            "type": RECEIPT_TYPE,
-            "launch_id": launch_id,
-            "audit_id": audit_id,
-            "time": time,
-            "caller": caller,
-            "workload": workload,
-            "policy": {"value": policy.value, "text": str(policy)},
-            "shape": shape,
-            "digest": digest.hex(),
-            "firmware": str(firmware),
-            "platform": platform,
-            "secrets": list(guids),
-            "notes": list(notes),
-        }
-    ).decode()
