@@ -18,6 +18,7 @@ from uuid import uuid4
 import grpc
 import pytest
 
+from common.audit.jws import untrusted_claims
 from common.errors import InvalidInput, NotFound, Reason, Refused, SevattestError, Unavailable, WrongState
 from common.rpc.client import call
 from common.rpc.identity import Role
@@ -114,7 +115,8 @@ async def test_a_launch_from_begin_to_the_guests_secret(site: VerifierSite, stub
         measurement=blob[:32],
     )
     assert SECRET in table
-    assert json.loads(released.receipt)["launch_id"] == begun.launch.launch_id
+    said = untrusted_claims(released.receipt)["submods"]["sev"]
+    assert said["sevattest.launch_id"] == begun.launch.launch_id
     shown = await ask(
         stub.GetLaunch, verifier_service_pb2.VerifierServiceGetLaunchRequest(launch_id=begun.launch.launch_id)
     )
