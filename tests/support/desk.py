@@ -30,6 +30,8 @@ from tests.support.chains import SyntheticPlatform, make_platform
 from tests.support.firmware import amdsev_image
 from tests.support.recording_log import RecordingLog
 from tests.support.rpc import SettableClock
+from verifier.admin.desks import owner_desks
+from verifier.admin.requests import Asked
 from verifier.keys.file import FileKey
 from verifier.keys.identities import load_identities
 from verifier.launches.broker import Broker
@@ -48,6 +50,7 @@ from verifier.store.sqlite import SqliteStore, read_audit
 from verifier.store.sqlite_file import FILE_NAME
 
 CALLER = "spiffe://datacenter.example/orchestrator/cluster"
+OWNER = "spiffe://owner.example/owner/alice"
 VERIFIER = "spiffe://owner.example/verifier/v"
 STRANGER = "spiffe://datacenter.example/orchestrator/stranger"
 START = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -215,6 +218,24 @@ class Desk:
         return await self.broker.abandon(
             AbandonRequest(caller=caller, request_id=request_id or uuid4(), launch_id=launch_id, reason=reason)
         )
+
+    def write(self, content: dict[str, Any]) -> None:
+        """Put a document into the owner's folder, under a name of its own; it counts from the next `library.load`."""
+        name = "-".join(str(content["metadata"][part]) for part in ("name", "version"))
+        write_document(self.documents, content, f"{content['kind']}-{name}.yaml")
+
+    def remove(self, kind: str, name: str) -> None:
+        """Take all versions of a document out of the owner's folder."""
+        for path in self.documents.glob("*.yaml"):
+            content = yaml.safe_load(path.read_text())
+            if (content["kind"], content["metadata"]["name"]) == (kind, name):
+                path.unlink()
+
+    async def apply(self, content: dict[str, Any]) -> None:
+        """Put a document into the store, as the owner's service does; it counts at once."""
+        desks = owner_desks(self.dependencies, self.library)
+        asked = Asked(caller=OWNER, request_id=uuid4())
+        await desks.documents.apply(asked, yaml.safe_dump(content).encode())
 
     async def digests(self, workload: str = "web") -> tuple[bytes, ...]:
         """What the workload in force allows."""
