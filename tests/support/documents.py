@@ -76,7 +76,8 @@ def read(content: Any, folder: str = "/owner") -> Document:
 def write_document(folder: Path, content: dict[str, Any], name: str = "web.yaml") -> Path:
     """Put a document into the owner's folder."""
     path = folder / name
-    path.write_text(yaml.safe_dump(content))
+    # By way of JSON, so that members that are one object here are no aliases there.
+    path.write_text(yaml.safe_dump(json.loads(json.dumps(content))))
     return path
 
 

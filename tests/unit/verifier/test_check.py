@@ -10,8 +10,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from tests.support.desk import document, write_document
+from tests.support.documents import SECRET_GUID, grant, platform, revocation, write_document
+from tests.support.documents import workload as document
 from tests.support.verifier_process import VerifierSite
+from verifier.appraisal import authority
 from verifier.appraisal.rules import LAUNCH_RULES, PLATFORM_RULES, REPORT_RULES
 from verifier.check import check
 from verifier.cli import main
@@ -26,7 +28,9 @@ from verifier.config import (
 )
 from verifier.documents.generations import GENERATIONS
 from verifier.launches.records import AuditEvent
+from verifier.library.documents import snapshot
 from verifier.library.folder import read_folder
+from verifier.library.warnings import warnings_for
 
 STRUCTS = (TlsConfig, HealthConfig, PlatformsConfig, KdsConfig, LimitsConfig)
 
@@ -206,14 +210,59 @@ def test_a_launch_that_is_no_id_and_a_missing_file_are_bad_input(
 
 
 def test_bad_documents_are_listed_one_a_line(site: VerifierSite, capsys: pytest.CaptureFixture[str]) -> None:
-    bad: dict[str, Any] = document(callers=[], lifetime="1s")
+    bad: dict[str, Any] = document(callers=["cluster"], lifetime="1s")
     write_document(site.folder / "documents", bad)
     code, _, err = command(capsys, "check-config", "--config", str(site.config))
     assert code == 2
     assert [line for line in err.splitlines() if line.startswith("sev-verifier: web.yaml: spec.")] == [
-        "sev-verifier: web.yaml: spec.callers: names nobody: list the orchestrators that may launch this workload",
+        "sev-verifier: web.yaml: spec.callers[0]: must be spiffe://TRUST-DOMAIN/orchestrator/NAME",
         "sev-verifier: web.yaml: spec.lifetime: must be 10s to 24h, as in 90s, 10m or 1h",
     ]
+
+
+def test_all_kinds_are_read_and_names_that_lead_nowhere_are_warnings(site: VerifierSite) -> None:
+    folder = site.folder / "documents"
+    write_document(folder, grant(workload="db", platforms={"names": ["host-9"]}), "grant.yaml")
+    write_document(folder, platform(), "host-1.yaml")
+    write_document(folder, revocation(), "incident.yaml")
+    write_document(folder, document("alone", measure=None, digests=["00" * 32], callers=[]), "alone.yaml")
+    findings = check(site.config, {})
+    assert findings.problems == []
+    assert (findings.workloads, findings.documents) == (2, 5)
+    assert {
+        "grant.yaml: spec.workload: there is no workload db",
+        "grant.yaml: spec.platforms.names: there is no platform host-9",
+        "alone.yaml: spec.callers: names nobody, and no grant is for this workload: nobody can launch it",
+    } <= set(findings.warnings)
+    write_document(folder, grant(workload="alone"), "grant.yaml")
+    assert not [each for each in check(site.config, {}).warnings if "no grant is for" in each or "no workload" in each]
+
+
+def test_bad_documents_of_every_kind_and_a_repeated_chip_are_problems(site: VerifierSite) -> None:
+    folder = site.folder / "documents"
+    write_document(folder, grant(launches=0), "a.yaml")
+    write_document(folder, platform("host-1"), "b.yaml")
+    write_document(folder, platform("host-2"), "c.yaml")
+    write_document(folder, revocation(ceks=None), "d.yaml")
+    assert check(site.config, {}).problems == [
+        "a.yaml: spec.launches: must be 1 to 1000000000",
+        "d.yaml: spec: revokes nothing: list chips, ceks, generations, firmware, ocas or workloads",
+        "c.yaml: spec.cek: is the chip of host-1 already, in b.yaml",
+    ]
+
+
+def test_a_vault_secret_without_a_vault_is_a_problem_and_secrets_elsewhere_count_as_small(site: VerifierSite) -> None:
+    vault = {"vault": {"mount": "kv", "path": "web", "field": "key"}}
+    secrets = [{"guid": str(SECRET_GUID), "source": vault}]
+    write_document(site.folder / "documents", document(secrets=secrets))
+    problem = "web.yaml: spec.secrets[0].source.vault: the configuration has no [vault]"
+    assert check(site.config, {}).problems == [problem]
+    big = {"guid": "736869e5-84f0-4973-92ec-06879ce3da0b", "source": {"generated": {"size": 512}}}
+    more = [{**big, "guid": f"736869e5-84f0-4973-92ec-06879ce3da{n:02x}"} for n in range(6)]
+    write_document(site.folder / "documents", document(secrets=[*secrets, *more]))
+    found = check(site.config, {}).problems
+    assert found[0] == problem
+    assert found[1].startswith("web.yaml: spec.secrets: the workload's secrets take")
 
 
 SAMPLES = Path(__file__).parents[3] / "deploy" / "verifier"
@@ -222,8 +271,11 @@ SAMPLES = Path(__file__).parents[3] / "deploy" / "verifier"
 def test_the_sample_configuration_and_workload_are_good() -> None:
     config = load_config(SAMPLES / "verifier.toml", {})
     assert config.tls.trust_domain == "datacenter.example"
-    workload = read_folder(SAMPLES / "documents")["web"][0]
-    assert workload.warnings == ()
+    documents = snapshot(0, read_folder(SAMPLES / "documents"))
+    assert {entry.kind for entry in documents.entries} == {"Workload", "Grant", "Platform"}
+    for entry in documents.entries:
+        assert entry.document is not None
+        assert warnings_for(entry.document, documents) == ()
 
 
 def test_the_page_describes_every_setting() -> None:
@@ -239,5 +291,5 @@ def test_the_page_describes_every_setting() -> None:
 
 def test_the_page_describes_every_rule_and_event() -> None:
     page = (SAMPLES.parents[1] / "docs" / "verifier.md").read_text()
-    rules = {**PLATFORM_RULES, **LAUNCH_RULES, **REPORT_RULES}
+    rules = {*PLATFORM_RULES, *LAUNCH_RULES, *REPORT_RULES, *authority.RULES.values()}
     assert [name for name in (*rules, *AuditEvent) if f"`{name}`" not in page] == []
