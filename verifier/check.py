@@ -16,8 +16,7 @@ from common.rpc.health import socket_target
 from common.rpc.tls import load_server
 from verifier.check_documents import Findings, check_documents
 from verifier.config import Config, load_config
-from verifier.keys.file import read_key_file
-from verifier.parts import trusted_roots
+from verifier.parts import make_store, sealing_keys, trusted_roots
 
 _NO_KEY_SERVICE = (
     "kds: is not set: platforms whose CEK is unsigned are refused, and chips that are denied by their id are known by "
@@ -39,7 +38,16 @@ def check(path: Path, environ: Mapping[str, str]) -> Findings:
 
 
 def _check_process(config: Config, findings: Findings) -> None:
-    steps: tuple[Callable[[Config], Sequence[str]], ...] = (_listen, _key_file, _tls, _roots, _kds, _health)
+    steps: tuple[Callable[[Config], Sequence[str]], ...] = (
+        _listen,
+        _key_files,
+        _store,
+        _tls,
+        _admin,
+        _roots,
+        _kds,
+        _health,
+    )
     for step in steps:
         try:
             findings.warnings += step(config)
@@ -48,21 +56,38 @@ def _check_process(config: Config, findings: Findings) -> None:
 
 
 def _listen(config: Config) -> Sequence[str]:
-    try:
-        listen_address(config.listen)
-    except InvalidInput as error:
-        raise InvalidInput(error.reason, f"listen: {error.message}") from error
+    _address("listen", config.listen)
     return ()
 
 
-def _key_file(config: Config) -> Sequence[str]:
-    read_key_file(config.key_file)
+def _address(setting: str, text: str) -> None:
+    try:
+        listen_address(text)
+    except InvalidInput as error:
+        raise InvalidInput(error.reason, f"{setting}: {error.message}") from error
+
+
+def _key_files(config: Config) -> Sequence[str]:
+    sealing_keys(config)  # a token is not asked
+    return ()
+
+
+def _store(config: Config) -> Sequence[str]:
+    if config.store is not None:
+        make_store(config)
     return ()
 
 
 def _tls(config: Config) -> Sequence[str]:
     load_server(config.server_tls(), SystemClock().now())
     return ("tls.allow_single_ca: one CA may stand for both sites",) if config.tls.allow_single_ca else ()
+
+
+def _admin(config: Config) -> Sequence[str]:
+    if config.admin is not None:
+        _address("admin.listen", config.admin.listen)
+        load_server(config.admin_tls(config.admin), SystemClock().now())
+    return ()
 
 
 def _roots(config: Config) -> Sequence[str]:

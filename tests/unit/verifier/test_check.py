@@ -136,6 +136,37 @@ def test_an_address_that_cannot_be_listened_on_is_found(site: VerifierSite, list
     assert problem.startswith("listen: ")
 
 
+def test_the_owners_listener_is_looked_at(site: VerifierSite) -> None:
+    admin = f'[admin]\nlisten = "127.0.0.1:0"\nclient_ca = "{site.pki.owner_ca}"\ntrust_domain = "owner.example"\n'
+    text = site.config.read_text()
+    site.config.write_text(f"{text}\n{admin}")
+    assert check(site.config, {}).problems == []
+    for good, bad, problem in (
+        ("127.0.0.1:0", "localhost:65536", "admin.listen: "),
+        (str(site.pki.owner_ca), str(site.folder / "none.pem"), "none.pem"),
+    ):
+        site.config.write_text(f"{text}\n{admin.replace(good, bad)}")
+        (found,) = check(site.config, {}).problems
+        assert problem in found
+
+
+def test_older_key_files_are_looked_at(site: VerifierSite, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(capsys, "keygen", str(site.folder / "old.bin"))[0] == 0
+    text = site.config.read_text()
+    site.config.write_text(f'older_key_files = ["old.bin"]\n{text}')
+    assert check(site.config, {}).problems == []
+    (site.folder / "old.bin").chmod(0o644)
+    (found,) = check(site.config, {}).problems
+    assert "old.bin" in found
+
+
+def test_a_database_whose_address_is_nowhere_is_a_problem(site: VerifierSite) -> None:
+    text = "\n".join(line for line in site.config.read_text().splitlines() if not line.startswith("state_dir"))
+    site.config.write_text(f'{text}\n[store]\npostgres = "none.dsn"\n')
+    (found,) = check(site.config, {}).problems
+    assert "none.dsn" in found
+
+
 @pytest.mark.parametrize("source", ["", "a\0b"])
 def test_a_key_service_that_is_nowhere_is_refused(site: VerifierSite, source: str) -> None:
     (problem,) = check(site.config, {"SEVATTEST_KDS__SOURCE": source}).problems
