@@ -21,7 +21,6 @@ from uuid import uuid4
 import pytest
 
 MISSING = "no PostgreSQL on this machine: install the Debian package `postgresql`"
-DURABLE = "synchronous_commit=on"
 _DEADLINE_S = 60.0
 
 
@@ -73,18 +72,20 @@ class Server:
             *("--encoding=UTF8", "--locale=C", "--no-sync"),
         )
 
-    def start(self, *settings: str) -> None:
-        """Start it, and return when it answers."""
+    def start(self, *settings: str, file_limit: int | None = None) -> None:
+        """Start it, and return when it answers.
+
+        Args:
+            settings: `name=value` each.
+            file_limit: bytes that no file of its may grow beyond: a disk that is full.
+        """
         assert self.process is None
         options = ["listen_addresses=", f"unix_socket_directories={self.folder}", "max_connections=100", *settings]
         with (self.folder / "log").open("ab") as log:
+            limited = [] if file_limit is None else ["prlimit", f"--fsize={file_limit}:"]
+            command = [*limited, str(self.programs / "postgres"), "-D", str(self.folder / "data")]
             self.process = subprocess.Popen(
-                [
-                    self.programs / "postgres",
-                    "-D",
-                    self.folder / "data",
-                    *(part for each in options for part in ("-c", each)),
-                ],
+                [*command, *(part for each in options for part in ("-c", each))],
                 stdout=log,
                 stderr=log,
                 user=self.user,

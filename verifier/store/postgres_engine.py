@@ -40,6 +40,7 @@ _ATTEMPTS = 3
 
 _DEFAULTS: dict[str, str | int] = {
     "application_name": "sev-verifier",
+    "client_encoding": "UTF8",
     "connect_timeout": CONNECT_TIMEOUT_S,
     "keepalives_idle": 10,
     "keepalives_interval": 5,

@@ -1,0 +1,434 @@
+"""Stores that fail: killed processes, full disks, servers that stop, settings that lose commits. Nothing half stays."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from common.errors import InvalidInput, Reason, Unavailable
+from tests.contract.test_stores import chain_verifies
+from tests.support.eventually import until
+from tests.support.postgres import Server
+from tests.support.store_rows import audit, opening, release
+from tests.support.stores import Place, count_open, count_released, go
+from verifier.store.engine import Transaction
+from verifier.store.postgres import PostgresStore
+from verifier.store.rows import LedgerRow, Opening, Outcome, Spending
+from verifier.store.sql_store import SqlStore
+
+BEGIN, RELEASED = Spending(grant="g", change=count_open), Spending(grant="g", change=count_released)
+
+
+async def refused(store: SqlStore) -> Unavailable:
+    """The error that the store's check ends with."""
+    with pytest.raises(Unavailable) as caught:
+        await store.check()
+    assert caught.value.reason is Reason.STORE_UNAVAILABLE
+    return caught.value
+
+
+# kill -9.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("step", "kept"), [("before", False), ("after", True)])
+@pytest.mark.parametrize("name", ["open", "move"])
+async def test_a_process_that_is_killed_at_a_commit_leaves_all_or_nothing(
+    place: Place, name: str, step: str, *, kept: bool
+) -> None:
+    new = opening(spending=BEGIN)
+    move = release(new.launch.launch_id, spending=RELEASED)
+    calls: list[tuple[str, list[object]]] = [("open_launch", [new]), ("move", [move])]
+    code, outcomes = await asyncio.to_thread(go, place.process(calls, die_at=f"{name}:{step}-commit"))
+    assert code == -signal.SIGKILL
+    assert outcomes == ([] if name == "open" else ["DONE"])
+    store = place.store()
+    await store.open()
+    try:
+        row = await store.launch(new.launch.launch_id)
+        if name == "open":
+            assert (row is not None) is kept
+            assert (await store.request(new.request.key) is not None) is kept
+            assert await store.ledger("g") == LedgerRow(open=int(kept))
+        else:
+            assert row is not None
+            assert (row.state == "released") is kept
+            assert (row.keys is None) is kept
+            assert await store.ledger("g") == (LedgerRow(released=1) if kept else LedgerRow(open=1))
+        assert await chain_verifies(store) == (name == "move") + kept
+        # Whoever repeats finds out.
+        again = await (store.open_launch(new) if name == "open" else store.move(move))
+        assert again is (Outcome.REQUEST_TAKEN if kept else Outcome.DONE)
+    finally:
+        await store.close()
+
+
+# Disks.
+
+
+def test_a_full_disk_and_a_read_only_one_are_outages_that_pass(tmp_path: Path) -> None:
+    unshare = ["unshare", "--user", "--map-root-user", "--mount"]
+    try:
+        able = subprocess.run([*unshare, "mount", "-t", "tmpfs", "tmpfs", tmp_path], capture_output=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("no unshare on this machine: install the Debian package `util-linux`")
+    if able.returncode != 0:
+        pytest.skip("this machine lets nobody mount a file system in a name space of their own")
+    command = [*unshare, sys.executable, "-m", "tests.support.small_disk", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.split() == ["full", "kept", "DONE", "read-only", "DONE"], done.stderr
+
+
+# PostgreSQL's own.
+
+
+@pytest.fixture
+async def alone(own_postgres_server: Server) -> AsyncIterator[PostgresStore]:
+    """A store over a server that the test may stop."""
+    made = PostgresStore(own_postgres_server.dsn)
+    await made.open()
+    yield made
+    await made.close()
+
+
+@pytest.fixture
+def shared(postgres_server: Server, postgres_schema: str) -> Callable[..., PostgresStore]:
+    """Makes stores over a schema in the server that all tests share."""
+
+    def make(more: str = "", on_step: Callable[[str], None] = lambda _step: None) -> PostgresStore:
+        return PostgresStore(f"{postgres_server.dsn} {more}", on_step, schema=postgres_schema)
+
+    return make
+
+
+async def test_a_server_that_stops_under_the_store_is_an_outage_that_passes(
+    alone: PostgresStore, own_postgres_server: Server
+) -> None:
+    new = opening()
+    assert await alone.open_launch(new) is Outcome.DONE
+    own_postgres_server.stop()
+    with pytest.raises(Unavailable) as caught:
+        await alone.launch(new.launch.launch_id)
+    for error in (caught.value, await refused(alone)):
+        # Callers at the other site read this, too.
+        assert str(own_postgres_server.folder) not in error.message
+        assert "sevattest" not in error.message
+    own_postgres_server.start()
+    # The first call after it is served, whichever thread it comes to.
+    assert await asyncio.gather(*(alone.launch(new.launch.launch_id) for _ in range(8))) == [new.launch] * 8
+    assert await alone.move(release(new.launch.launch_id)) is Outcome.DONE
+    own_postgres_server.stop()
+    own_postgres_server.start()
+    # So is the first one after a restart that nobody saw.
+    assert await alone.move(release(new.launch.launch_id)) is Outcome.LOST
+    assert await chain_verifies(alone) == 2
+
+
+async def test_a_transaction_whose_session_is_ended_is_tried_again(
+    shared: Callable[..., PostgresStore], postgres_server: Server, postgres_schema: str
+) -> None:
+    store = shared(f"application_name={postgres_schema}")
+    await store.open()
+    asked = []
+
+    def change(row: LedgerRow) -> LedgerRow:
+        asked.append(row)
+        if len(asked) == 1:
+            end_sessions(postgres_server, postgres_schema)
+        return count_open(row)
+
+    new = opening(spending=Spending(grant="g", change=change))
+    assert await store.open_launch(new) is Outcome.DONE
+    assert asked == [LedgerRow(), LedgerRow()]
+    assert await store.ledger("g") == LedgerRow(open=1)
+    assert await chain_verifies(store) == 1
+    await store.close()
+
+
+async def test_a_session_that_is_ended_again_and_again_is_an_outage(
+    shared: Callable[..., PostgresStore], postgres_server: Server, postgres_schema: str
+) -> None:
+    store = shared(f"application_name={postgres_schema}")
+    await store.open()
+
+    def change(row: LedgerRow) -> LedgerRow:
+        end_sessions(postgres_server, postgres_schema)
+        return count_open(row)
+
+    new = opening(spending=Spending(grant="g", change=change))
+    with pytest.raises(Unavailable):
+        await store.open_launch(new)
+    assert await store.launch(new.launch.launch_id) is None
+    assert await store.ledger("g") == LedgerRow()
+    await store.close()
+
+
+async def test_a_commit_that_nobody_answers_is_an_outage_and_is_not_tried_again(
+    shared: Callable[..., PostgresStore], postgres_server: Server, postgres_schema: str
+) -> None:
+    steps: list[str] = []
+
+    def on_step(step: str) -> None:
+        steps.append(step)
+        if step == "open:before-commit" and steps.count(step) == 1:
+            end_sessions(postgres_server, postgres_schema)
+
+    store = shared(f"application_name={postgres_schema}", on_step)
+    await store.open()
+    new = opening()
+    with pytest.raises(Unavailable, match="cannot tell what became of a commit"):
+        await store.open_launch(new)
+    assert steps.count("open:before-commit") == 1
+    assert await store.launch(new.launch.launch_id) is None
+    assert await store.open_launch(new) is Outcome.DONE
+    await store.close()
+
+
+def end_sessions(server: Server, name: str) -> None:
+    """What an administrator, or a failover, does to the store's sessions."""
+    server.sql(f"SELECT count(pg_terminate_backend(pid, 10000)) FROM pg_stat_activity WHERE application_name='{name}'")  # noqa: S608 -- the test's
+
+
+async def test_a_deadlock_is_tried_again(shared: Callable[..., PostgresStore]) -> None:
+    store = shared()
+    await store.open()
+    both = threading.Barrier(2)
+    tries: list[str] = []
+
+    def work(first: str, second: str) -> Callable[[Transaction], None]:
+        def run(transaction: Transaction) -> None:
+            tries.append(first)
+            transaction.lock(first)
+            if tries.count(first) == 1:
+                both.wait(timeout=30)
+            transaction.lock(second)
+
+        return run
+
+    await asyncio.gather(store._engine.write("one", work("x", "y")), store._engine.write("two", work("y", "x")))
+    assert sorted(tries) in (["x", "x", "y"], ["x", "y", "y"])
+    await store.close()
+
+
+async def test_a_lock_that_somebody_keeps_is_an_outage_that_passes(
+    shared: Callable[..., PostgresStore],
+    postgres_server: Server,
+    postgres_schema: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("verifier.store.postgres_engine.LOCK_TIMEOUT_S", 0.1)
+    store = shared()
+    await store.open()
+    with psycopg.connect(postgres_server.dsn) as holder:
+        holder.execute(f'SELECT 1 FROM "{postgres_schema}".audit_head FOR UPDATE'.encode())  # noqa: S608 -- the test's
+        with pytest.raises(Unavailable, match="lock timeout"):
+            await store.record(audit())
+    await store.record(audit())
+    assert await chain_verifies(store) == 1
+    await store.close()
+
+
+async def test_a_server_that_writes_nothing_is_an_outage_that_passes(
+    alone: PostgresStore, own_postgres_server: Server
+) -> None:
+    await alone.check()
+    own_postgres_server.sql("ALTER SYSTEM SET default_transaction_read_only=on", "SELECT pg_reload_conf()")
+    await until_written(alone, able=False)
+    assert "read-only" in (await refused(alone)).message
+    own_postgres_server.sql("ALTER SYSTEM RESET default_transaction_read_only", "SELECT pg_reload_conf()")
+    await until_written(alone, able=True)
+    new = opening()
+    assert await alone.open_launch(new) is Outcome.DONE
+    assert await alone.launch(new.launch.launch_id) == new.launch
+
+
+async def until_written(store: SqlStore, *, able: bool) -> None:
+    """Return when all sessions took up a setting that lets the store be written, or not."""
+    async with asyncio.timeout(30):
+        while True:
+            answers = await asyncio.gather(*(store.check() for _ in range(8)), return_exceptions=True)
+            if {answer is None for answer in answers} == {able}:
+                return
+
+
+async def test_a_full_disk_under_the_server_is_an_outage_that_passes(own_postgres_server: Server) -> None:
+    limit = 32 << 20  # above the server's own files, of which the longest has 16 MiB
+    own_postgres_server.stop()
+    own_postgres_server.start(file_limit=limit)
+    store = PostgresStore(own_postgres_server.dsn)
+    await store.open()
+    small, large = opening(), opening()
+    assert await store.open_launch(small) is Outcome.DONE
+    with pytest.raises(Unavailable, match="extend"):
+        # What cannot be compressed goes to the disk as it is.
+        await store.open_launch(replace_terms(large, os.urandom(limit + (1 << 20))))
+    assert await store.launch(large.launch.launch_id) is None
+    assert await store.open_launch(large) is Outcome.DONE
+    assert await chain_verifies(store) == 2
+    await store.close()
+
+
+def replace_terms(new: Opening, terms: bytes) -> Opening:
+    """The same launch with other terms."""
+    return replace(new, terms=terms, launch=replace(new.launch, terms_id=b"x" * 32))
+
+
+async def test_a_standby_that_does_not_confirm_is_an_outage(own_postgres_server: Server) -> None:
+    store = PostgresStore(own_postgres_server.dsn)
+    await store.open()
+    await store.record(audit())
+    own_postgres_server.stop()
+    own_postgres_server.start("synchronous_standby_names=ghost")
+    waiting = "FROM pg_stat_activity WHERE wait_event='SyncRep'"
+    new = opening()
+    commit = asyncio.create_task(store.open_launch(new))
+    await until(lambda: own_postgres_server.sql(f"SELECT count(*) {waiting}") == "1")
+    # Nobody is told of a commit before the standby has it ...
+    assert not commit.done()
+    own_postgres_server.sql(f"SELECT pg_cancel_backend(pid) {waiting}")
+    # ... and not either when the server gives up waiting.
+    with pytest.raises(Unavailable, match="standby did not confirm"):
+        await commit
+    own_postgres_server.stop()
+    own_postgres_server.start()
+    # It was kept after all: whoever repeats finds out.
+    assert await store.open_launch(new) is Outcome.REQUEST_TAKEN
+    await store.close()
+
+
+async def test_a_transaction_that_the_server_turned_into_a_rollback_is_not_taken_for_a_commit(
+    shared: Callable[..., PostgresStore],
+) -> None:
+    store = shared()
+    await store.open()
+
+    def swallow(transaction: Transaction) -> None:
+        with pytest.raises(psycopg.Error):
+            transaction.rows("SELECT nothing FROM nowhere")
+
+    with pytest.raises(Unavailable, match="did not commit"):
+        await store._engine.write("swallow", swallow)
+    await store.check()
+    await store.close()
+
+
+# What is no place for a store.
+
+
+@pytest.mark.parametrize("setting", ["off", "local", "remote_write"])
+async def test_a_server_that_answers_before_a_commit_is_durable_is_refused(
+    shared: Callable[..., PostgresStore], setting: str
+) -> None:
+    store = shared(f"options='-c synchronous_commit={setting}'")
+    with pytest.raises(InvalidInput, match=f"synchronous_commit is {setting}, and must be on"):
+        await store.open()
+    await store.close()
+
+
+async def test_a_server_that_waits_for_more_than_durable_is_taken(shared: Callable[..., PostgresStore]) -> None:
+    store = shared("options='-c synchronous_commit=remote_apply'")
+    await store.open()
+    settings = ("synchronous_commit", "transaction_isolation", "statement_timeout", "lock_timeout")
+    shown = await store._engine.read(
+        lambda transaction: {name: transaction.rows(f"SHOW {name}")[0][0] for name in settings}
+    )
+    assert shown == {
+        "synchronous_commit": "remote_apply",
+        "transaction_isolation": "read committed",
+        "statement_timeout": "10s",
+        "lock_timeout": "5s",
+    }
+    await store.close()
+
+
+async def test_a_server_that_does_not_sync_is_refused_also_while_serving(own_postgres_server: Server) -> None:
+    store = PostgresStore(own_postgres_server.dsn)
+    await store.open()
+    own_postgres_server.stop(signal.SIGINT)
+    own_postgres_server.start("fsync=off")
+    assert "fsync" in (await refused(store)).message
+    another = PostgresStore(own_postgres_server.dsn)
+    with pytest.raises(InvalidInput, match="fsync"):
+        await another.open()
+    await another.close()
+    own_postgres_server.stop(signal.SIGINT)
+    own_postgres_server.start()
+    await store.check()
+    await store.close()
+
+
+async def test_a_database_that_is_not_unicode_is_refused(postgres_server: Server, postgres_schema: str) -> None:
+    postgres_server.sql(f"CREATE DATABASE \"{postgres_schema}\" ENCODING 'SQL_ASCII' TEMPLATE template0")
+    store = PostgresStore(postgres_server.dsn.replace("dbname=postgres", f"dbname={postgres_schema}"))
+    with pytest.raises(InvalidInput, match="SQL_ASCII"):
+        await store.open()
+    await store.close()
+    postgres_server.sql(f'DROP DATABASE "{postgres_schema}"')
+
+
+@pytest.mark.parametrize("schema", ["", "Upper", 'quo"te', "a b", "1st", "x" * 64])
+def test_a_schema_whose_name_would_need_quotes_is_refused(schema: str) -> None:
+    with pytest.raises(InvalidInput, match="schema"):
+        PostgresStore("host=/nowhere", schema=schema)
+
+
+async def test_two_schemas_in_one_database_are_two_stores(postgres_server: Server, postgres_schema: str) -> None:
+    other_schema = f"{postgres_schema}_2"
+    one, other = (PostgresStore(postgres_server.dsn, schema=name) for name in (postgres_schema, other_schema))
+    await one.open()
+    await other.open()
+    await one.record(audit())
+    assert ((await one.head())[0], (await other.head())[0]) == (1, 0)
+    await one.close()
+    await other.close()
+    postgres_server.sql(f'DROP SCHEMA "{other_schema}" CASCADE')
+
+
+@pytest.mark.parametrize(
+    "dsn",
+    [
+        "postgresql://sev:hunter2@/x?host=/nowhere/at/all",
+        "host=/nowhere/at/all user=sev password=hunter2",
+        "host=localhost hostaddr=127.0.0.1 port=1 user=sev password=hunter2",
+        "host=127.0.0.1,127.0.0.1 port=1,1 user=sev password=hunter2",
+        "postgres://sev:hunter2@[broken",
+        "password=hunter2 and nonsense",
+    ],
+)
+async def test_no_error_tells_anything_of_the_dsn(dsn: str) -> None:
+    async def use() -> None:
+        store = PostgresStore(dsn)
+        try:
+            assert "hunter2" not in repr(store._engine)
+            await store.open()
+        finally:
+            await store.close()
+
+    with pytest.raises((InvalidInput, Unavailable)) as caught:
+        await use()
+    told = [str(caught.value), str(caught.value.fields)]
+    for private in ("hunter2", "sev", "nowhere", "127.0.0.1", "localhost", "nonsense"):
+        assert not [words for words in told if private in words]
+    assert len(told[0]) > len("the store cannot be reached: ")
+    assert caught.value.__cause__ is None
+
+
+def test_without_the_extra_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "verifier.store.postgres_engine", None)
+    with pytest.raises(InvalidInput, match=r"sevattest\[postgres\]"):
+        PostgresStore("host=/nowhere")
+
+
+def test_a_store_in_sqlite_needs_no_psycopg() -> None:
+    program = "import sys; sys.modules['psycopg'] = None; import verifier.store.sqlite, verifier.store.postgres"
+    subprocess.run([sys.executable, "-c", program], check=True)
