@@ -1,0 +1,180 @@
+"""What the owner sees of launches, grants and revocations."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from uuid import uuid4
+
+import pytest
+
+from common.errors import InvalidInput, NotFound, Reason
+from tests.support.desk import CALLER, STRANGER, refused
+from tests.support.documents import grant, revocation, workload
+from tests.support.owner_site import OwnerSite, asked, text
+from verifier.admin.filed import Kind
+from verifier.admin.paging import PageRequest
+from verifier.launches.state import State
+from verifier.store.rows import LaunchFilter
+
+ALL = LaunchFilter()
+PAGE = PageRequest(size=100)
+
+
+async def test_a_refused_launch_is_shown_with_findings_and_explanation(site: OwnerSite) -> None:
+    begun = await site.refused()
+    shown = await site.owner.launches.get(begun.launch.launch_id)
+    assert (shown.launch.state, shown.launch.reason) == (State.REFUSED, Reason.MEASUREMENT_REFUSED)
+    assert [each.rule for each in shown.findings] == ["launch.measurement"]
+    assert shown.explanation
+    assert shown.audit_id is not None
+    assert str(shown.firmware) == "1.55.24"
+
+
+async def test_a_released_launch_is_shown_with_its_proven_firmware_and_no_finding(site: OwnerSite) -> None:
+    begun = await site.released()
+    shown = await site.owner.launches.get(begun.launch.launch_id)
+    assert (shown.launch.state, shown.findings, shown.explanation) == (State.RELEASED, (), None)
+    assert str(shown.firmware) == "1.55.24"
+    assert (shown.caller, shown.grant) == (CALLER, None)
+
+
+async def test_an_unknown_launch_is_not_found(site: OwnerSite) -> None:
+    assert isinstance(await refused(site.owner.launches.get(uuid4())), NotFound)
+
+
+async def test_launches_of_all_callers_are_listed_newest_first(site: OwnerSite) -> None:
+    await site.apply(grant())
+    begun = []
+    for caller in (CALLER, STRANGER, CALLER):
+        begun.append((await site.desk.begin(caller=caller)).launch.launch_id)
+        site.desk.clock.advance(timedelta(seconds=1))
+    seen, token = [], ""
+    while True:
+        page = await site.owner.launches.list(ALL, PageRequest(size=2, token=token))
+        seen += [each.launch.launch_id for each in page.items]
+        token = page.next_token
+        if not token:
+            break
+    assert seen == begun[::-1]
+
+
+async def test_filters_leave_the_others_out(site: OwnerSite) -> None:
+    await site.apply(grant())
+    await site.apply(workload("shop"))
+    spending = (await site.desk.begin(caller=STRANGER)).launch.launch_id
+    released = (await site.released()).launch.launch_id
+    other = (await site.desk.begin(workload="shop")).launch.launch_id
+    for which, expected in (
+        (LaunchFilter(grant="fleet"), [spending]),
+        (LaunchFilter(caller=STRANGER), [spending]),
+        (LaunchFilter(state="released"), [released]),
+        (LaunchFilter(workload="shop"), [other]),
+        (LaunchFilter(workload="shop", state="released"), []),
+    ):
+        page = await site.owner.launches.list(which, PAGE)
+        assert [each.launch.launch_id for each in page.items] == expected
+
+
+async def test_a_token_of_another_listing_is_refused(site: OwnerSite) -> None:
+    for _ in range(2):
+        await site.desk.begin()
+    token = (await site.owner.launches.list(ALL, PageRequest(size=1))).next_token
+    assert token
+    for which, bad in ((LaunchFilter(workload="web"), token), (ALL, token[:-4]), (ALL, "garbage")):
+        error = await refused(site.owner.launches.list(which, PageRequest(size=1, token=bad)))
+        assert isinstance(error, InvalidInput)
+
+
+async def test_a_token_that_names_no_launch_is_refused(site: OwnerSite) -> None:
+    from verifier.admin.paging import Listing
+
+    token = Listing("ListLaunches", None, None, None, None).token(str(uuid4()))
+    assert isinstance(await refused(site.owner.launches.list(ALL, PageRequest(size=1, token=token))), InvalidInput)
+
+
+# Grants.
+
+
+async def test_a_grants_status_counts_what_was_spent(site: OwnerSite) -> None:
+    await site.apply(grant(launches=2))
+    fresh = await site.owner.grants.status("fleet")
+    assert (fresh.spent.open, fresh.spent.released, fresh.reason) == (0, 0, None)
+    await site.released(caller=STRANGER)
+    await site.desk.begin(caller=STRANGER)
+    spent = await site.owner.grants.status("fleet")
+    assert (spent.spent.open, spent.spent.released) == (1, 1)
+    assert spent.reason is Reason.GRANT_BUSY
+    assert spent.document is not None
+    assert spent.document.version == "1"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"suspended": True}, Reason.GRANT_SUSPENDED),
+        ({"not_after": "2026-01-01T00:00:00Z"}, Reason.GRANT_EXPIRED),
+        ({"not_before": "2027-01-01T00:00:00Z"}, Reason.GRANT_NOT_YET_VALID),
+        ({}, None),
+    ],
+)
+async def test_a_grants_status_says_why_it_cannot_be_spent(
+    site: OwnerSite, changes: dict[str, object], reason: Reason | None
+) -> None:
+    await site.apply(grant(**changes))
+    assert (await site.owner.grants.status("fleet")).reason is reason
+
+
+async def test_what_a_withdrawn_grant_spent_is_still_known(site: OwnerSite) -> None:
+    await site.apply(grant())
+    await site.released(caller=STRANGER)
+    await site.owner.documents.delete(asked(), Kind.GRANT, "fleet")
+    status = await site.owner.grants.status("fleet")
+    assert (status.document, status.spent.released, status.reason) == (None, 1, Reason.NOT_FOUND)
+
+
+async def test_a_grant_that_never_was_is_not_found(site: OwnerSite) -> None:
+    assert isinstance(await refused(site.owner.grants.status("fleet")), NotFound)
+
+
+# Revocations.
+
+
+async def test_a_revocation_that_is_only_supposed_lists_what_it_would_touch(site: OwnerSite) -> None:
+    released = (await site.released()).launch.launch_id
+    revision = await site.desk.store.revision()
+    touching = revocation(ceks=[site.desk.platform.chain.cek.fingerprint.hex()])
+    page = await site.owner.impact.touched(text=text(touching), name="", page=PAGE)
+    assert [each.launch.launch_id for each in page.items] == [released]
+    assert [each.rule for each in page.items[0].findings] == ["launch.chip_revoked"]
+    assert await site.desk.store.revision() == revision
+    other = await site.owner.impact.touched(text=text(revocation(ceks=["cd" * 32])), name="", page=PAGE)
+    assert (other.items, other.next_token) == ([], "")
+
+
+async def test_a_revocation_in_force_is_asked_by_name(site: OwnerSite) -> None:
+    await site.released()
+    firmware = {"generation": "emulated", "versions": ["1.55.24"]}
+    await site.apply(revocation("old-builds", ceks=[], firmware=[firmware]))
+    page = await site.owner.impact.touched(text=b"", name="old-builds", page=PAGE)
+    assert [each.rule for each in page.items[0].findings] == ["launch.revoked"]
+    assert isinstance(await refused(site.owner.impact.touched(text=b"", name="none", page=PAGE)), NotFound)
+
+
+async def test_impact_comes_in_pages(site: OwnerSite) -> None:
+    begun = []
+    for _ in range(3):
+        begun.append((await site.desk.begin()).launch.launch_id)
+        site.desk.clock.advance(timedelta(seconds=1))
+    content = text(revocation(workloads=[{"name": "web", "versions": "any"}]))
+    seen, token = [], ""
+    for _ in range(3):
+        page = await site.owner.impact.touched(text=content, name="", page=PageRequest(size=1, token=token))
+        seen += [each.launch.launch_id for each in page.items]
+        token = page.next_token
+    assert (seen, token) == (begun[::-1], "")
+
+
+async def test_what_is_no_revocation_has_no_impact(site: OwnerSite) -> None:
+    for content, name in ((text(grant()), ""), (b"}{", ""), (b"", ""), (text(revocation()), "incident")):
+        error = await refused(site.owner.impact.touched(text=content, name=name, page=PAGE))
+        assert isinstance(error, InvalidInput)
