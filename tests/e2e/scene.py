@@ -205,7 +205,7 @@ class Scene:
     def receipt(outcome: Outcome) -> dict[str, Any]:
         """The facts in the owner's receipt, by their names without `sevattest.`."""
         assert outcome.receipt is not None
-        claims = untrusted_claims(outcome.receipt)["submods"]["sev"]
+        claims = untrusted_claims(outcome.receipt)["submods"]["sev"]["ear_verifier_claims"]
         return {name.removeprefix("sevattest."): value for name, value in claims.items()}
 
     # ----------------------------------------------------------------------------------------------------- the machine

@@ -1,7 +1,7 @@
 """Receipts: what was released to what, as the claims of a signed token that a third party can check.
 
-The form is EAT Attestation Results (draft-ietf-rats-ear) with the names and the profile that its implementations use
-(github.com/veraison/ear); the trustworthiness vector and its values are AR4SI's (draft-ietf-rats-ar4si section 2.3).
+The form is an EAT Attestation Result (draft-ietf-rats-ear-04); the trustworthiness vector and its values are AR4SI's
+(draft-ietf-rats-ar4si-09 section 2.3). What is known beyond that stands in `ear_verifier_claims`.
 docs/receipt.md says what each claim means and why no claim is better than it is here.
 """
 
@@ -16,7 +16,7 @@ from common.sev.abi import PolicyBit
 from common.sev.measurement import FirmwareVersion
 from common.sev.policy import GuestPolicy
 
-EAR_PROFILE = "tag:github.com,2023:veraison/ear"
+EAR_PROFILE = "tag:ietf.org,2026:rats/ear#04"
 SUBMODULE = "sev"
 DEVELOPER = "sevattest"
 
@@ -79,32 +79,34 @@ def receipt_claims(
         notes: what the owner accepted with this launch.
     """
     vector = trustworthiness(policy=policy, emulated=emulated, recognized=recognized)
+    policy_id = f"{workload['name']}/{workload['version']}#sha256:{workload['document_sha256']}"
     return {
         "eat_profile": EAR_PROFILE,
         "iat": int(time.timestamp()),
         "iss": issuer,
         "jti": str(audit_id),
-        "ear.verifier-id": {"build": build, "developer": DEVELOPER},
+        "ear_verifier_id": {"build": build, "developer": DEVELOPER},
+        "ear_status": status(vector),
         "submods": {
             SUBMODULE: {
-                "ear.status": status(vector),
-                "ear.trustworthiness-vector": vector,
-                "ear.appraisal-policy-id": (
-                    f"{workload['name']}/{workload['version']}#sha256:{workload['document_sha256']}"
-                ),
-                "sevattest.launch_id": str(launch_id),
-                "sevattest.audit_id": str(audit_id),
-                "sevattest.time": time.isoformat().replace("+00:00", "Z"),
-                "sevattest.caller": caller,
-                "sevattest.grant": grant,
-                "sevattest.workload": dict(workload),
-                "sevattest.policy": {"value": policy.value, "text": str(policy)},
-                "sevattest.shape": dict(shape),
-                "sevattest.digest": digest.hex(),
-                "sevattest.firmware": str(firmware),
-                "sevattest.platform": {"generation": generation, "emulated": emulated, "chip": chip},
-                "sevattest.secrets": [str(guid) for guid in guids],
-                "sevattest.notes": list(notes),
+                "ear_status": status(vector),
+                "ear_trustworthiness_vector": vector,
+                "ear_appraisal_policy_ids": [policy_id],
+                "ear_verifier_claims": {
+                    "sevattest.launch_id": str(launch_id),
+                    "sevattest.audit_id": str(audit_id),
+                    "sevattest.time": time.isoformat().replace("+00:00", "Z"),
+                    "sevattest.caller": caller,
+                    "sevattest.grant": grant,
+                    "sevattest.workload": dict(workload),
+                    "sevattest.policy": {"value": policy.value, "text": str(policy)},
+                    "sevattest.shape": dict(shape),
+                    "sevattest.digest": digest.hex(),
+                    "sevattest.firmware": str(firmware),
+                    "sevattest.platform": {"generation": generation, "emulated": emulated, "chip": chip},
+                    "sevattest.secrets": [str(guid) for guid in guids],
+                    "sevattest.notes": list(notes),
+                },
             }
         },
     }

@@ -54,39 +54,42 @@ def vector(bits: PolicyBit = STRICT, *, emulated: bool = False, recognized: bool
 
 def test_the_claims_say_what_was_released_to_what() -> None:
     assert claims() == {
-        "eat_profile": "tag:github.com,2023:veraison/ear",
+        "eat_profile": "tag:ietf.org,2026:rats/ear#04",
         "iat": 1772366400,
         "iss": "spiffe://owner.example/verifier/main",
         "jti": "0cb43011-9f79-4448-bffa-bb4cb0c18d72",
-        "ear.verifier-id": {"build": "sev-verifier 0.1.0", "developer": "sevattest"},
+        "ear_verifier_id": {"build": "sev-verifier 0.1.0", "developer": "sevattest"},
+        "ear_status": "warning",
         "submods": {
             "sev": {
-                "ear.status": "warning",
-                "ear.trustworthiness-vector": {
+                "ear_status": "warning",
+                "ear_trustworthiness_vector": {
                     "instance-identity": 2,
                     "configuration": 2,
                     "executables": 3,
                     "hardware": 32,
                     "runtime-opaque": 2,
                 },
-                "ear.appraisal-policy-id": "web/1.4#sha256:" + "be" * 32,
-                "sevattest.launch_id": "2328d0a6-2c77-4f1c-862c-e8a046224458",
-                "sevattest.audit_id": "0cb43011-9f79-4448-bffa-bb4cb0c18d72",
-                "sevattest.time": "2026-03-01T12:00:00.000250Z",
-                "sevattest.caller": "spiffe://datacenter.example/orchestrator/cluster-1",
-                "sevattest.grant": "web-in-march",
-                "sevattest.workload": {"name": "web", "version": "1.4", "document_sha256": "be" * 32},
-                "sevattest.policy": {"value": 0x3701000F, "text": "0x3701000f (NODBG NOKS ES NOSEND API>=1.55)"},
-                "sevattest.shape": {"vcpus": 2, "cpu": "EPYC-Milan", "flavour": "legacy"},
-                "sevattest.digest": bytes(range(32)).hex(),
-                "sevattest.firmware": "1.55.24",
-                "sevattest.platform": {"generation": "milan", "emulated": False, "chip": "chip:" + "5f" * 16},
-                "sevattest.secrets": ["736869e5-84f0-4973-92ec-06879ce3da0b"],
-                "sevattest.notes": ["a risk"],
+                "ear_appraisal_policy_ids": ["web/1.4#sha256:" + "be" * 32],
+                "ear_verifier_claims": {
+                    "sevattest.launch_id": "2328d0a6-2c77-4f1c-862c-e8a046224458",
+                    "sevattest.audit_id": "0cb43011-9f79-4448-bffa-bb4cb0c18d72",
+                    "sevattest.time": "2026-03-01T12:00:00.000250Z",
+                    "sevattest.caller": "spiffe://datacenter.example/orchestrator/cluster-1",
+                    "sevattest.grant": "web-in-march",
+                    "sevattest.workload": {"name": "web", "version": "1.4", "document_sha256": "be" * 32},
+                    "sevattest.policy": {"value": 0x3701000F, "text": "0x3701000f (NODBG NOKS ES NOSEND API>=1.55)"},
+                    "sevattest.shape": {"vcpus": 2, "cpu": "EPYC-Milan", "flavour": "legacy"},
+                    "sevattest.digest": bytes(range(32)).hex(),
+                    "sevattest.firmware": "1.55.24",
+                    "sevattest.platform": {"generation": "milan", "emulated": False, "chip": "chip:" + "5f" * 16},
+                    "sevattest.secrets": ["736869e5-84f0-4973-92ec-06879ce3da0b"],
+                    "sevattest.notes": ["a risk"],
+                },
             }
         },
     }
-    assert claims(grant=None)["submods"]["sev"]["sevattest.grant"] is None
+    assert claims(grant=None)["submods"]["sev"]["ear_verifier_claims"]["sevattest.grant"] is None
 
 
 def test_the_page_names_every_claim_and_no_other() -> None:
@@ -94,11 +97,14 @@ def test_the_page_names_every_claim_and_no_other() -> None:
     shown = json.loads(re.findall(r"```json\n(.*?)```", page, re.DOTALL)[0])
     said = claims()
     assert shown.keys() == said.keys()
-    assert shown["submods"]["sev"].keys() == said["submods"]["sev"].keys()
-    for name in (*said, *said["submods"]["sev"]):
+    shown_appraisal, appraisal = shown["submods"]["sev"], said["submods"]["sev"]
+    assert shown_appraisal.keys() == appraisal.keys()
+    assert shown_appraisal["ear_verifier_claims"].keys() == appraisal["ear_verifier_claims"].keys()
+    for name in (*said, *appraisal, *appraisal["ear_verifier_claims"]):
         assert f"| `{name}` |" in page
-    for name in ("ear.status", "ear.trustworthiness-vector"):
-        assert shown["submods"]["sev"][name] == said["submods"]["sev"][name]
+    for name in ("ear_status", "ear_trustworthiness_vector"):
+        assert shown_appraisal[name] == appraisal[name]
+    assert shown["ear_status"] == said["ear_status"]
 
 
 def test_a_third_party_verifies_a_receipt_with_pyjwt_and_the_key_set() -> None:
