@@ -1,4 +1,4 @@
-"""The `sev-verifier` command: serve, check-config, health, keygen, audit.
+"""The `sev-verifier` command: serve, check-config, health, keygen, generated, audit.
 
 Errors go to stderr as `sev-verifier: sentence`, hints as `hint: sentence`. Exit codes are those of `sevattest`:
 0 done, 1 refused, 2 usage or bad input, 3 something needed failed.
@@ -48,6 +48,12 @@ def _parser() -> argparse.ArgumentParser:
     add("health", "ask the serving process whether it is ready", _health)
     keygen = add("keygen", "make a key file: 32 random bytes for its owner only", _keygen, config=False)
     keygen.add_argument("file", type=Path, metavar="FILE", help="where to; never overwritten")
+    keygen.add_argument("--config", type=Path, metavar="FILE", help="wrap it with the token of this configuration")
+    keygen.add_argument("--make-key", action="store_true", help="make the key in the token where there is none")
+    generated = add("generated", "print the secrets that were made for one launch", _generated)
+    generated.add_argument("--launch", required=True, metavar="ID", help="the launch")
+    generated.add_argument("--guid", metavar="GUID", help="only this secret")
+    generated.add_argument("--out", type=Path, metavar="FILE", help="write the one secret, as it is, into a new file")
     audit = add("audit", "print audit records, oldest first", _audit)
     audit.add_argument("--launch", metavar="ID", help="only those of one launch")
     audit.add_argument("--json", action="store_true", help="one JSON object a line")
@@ -106,24 +112,50 @@ def _health(args: argparse.Namespace) -> int:
 
 
 def _keygen(args: argparse.Namespace) -> int:
+    from verifier.config import load_config
     from verifier.keys.file import write_key_file
+    from verifier.keys.pkcs11 import write_wrapped_key_file
+    from verifier.parts import token_settings
 
-    write_key_file(args.file)
+    if args.config is None:
+        if args.make_key:
+            raise InvalidInput(Reason.INVALID_ARGUMENT, "--make-key: makes a key in a token, which --config names")
+        write_key_file(args.file)
+    else:
+        settings = token_settings(load_config(args.config, os.environ))
+        write_wrapped_key_file(args.file, settings, make_key=args.make_key)
+    return 0
+
+
+def _generated(args: argparse.Namespace) -> int:
+    import asyncio
+
+    from common.hardening import harden_process
+    from verifier.config import load_config
+    from verifier.parts import opened
+    from verifier.secrets.generated_command import find_generated, hand_over
+
+    harden_process()
+    launch_id = _uuid("--launch", args.launch)
+    guid = None if args.guid is None else _uuid("--guid", args.guid)
+
+    async def find() -> Sequence[Any]:
+        async with opened(load_config(args.config, os.environ)) as (store, keyring):
+            return await find_generated(store, keyring, launch_id, guid)
+
+    for line in hand_over(asyncio.run(find()), args.out):
+        print(line)
     return 0
 
 
 def _audit(args: argparse.Namespace) -> int:
-    from common.ids import canonical_uuid
-    from verifier.config import load_config
-    from verifier.store.sqlite import read_audit
-    from verifier.store.sqlite_file import FILE_NAME
+    import asyncio
 
-    launch_id: UUID | None = None
-    if args.launch is not None:
-        launch_id = canonical_uuid(args.launch)
-        if launch_id is None:
-            raise InvalidInput(Reason.INVALID_ARGUMENT, "--launch: must be a launch's id (a UUID)")
-    for row in read_audit(load_config(args.config, os.environ).folder / FILE_NAME, launch_id):
+    from verifier.config import load_config
+    from verifier.parts import read_records
+
+    launch_id = None if args.launch is None else _uuid("--launch", args.launch)
+    for row in asyncio.run(read_records(load_config(args.config, os.environ), launch_id)):
         record = {
             "audit_id": str(row.audit_id),
             "time": row.time.isoformat(),
@@ -135,6 +167,15 @@ def _audit(args: argparse.Namespace) -> int:
         }
         print(json.dumps(record) if args.json else _words(record))
     return 0
+
+
+def _uuid(option: str, text: str) -> UUID:
+    from common.ids import canonical_uuid
+
+    value = canonical_uuid(text)
+    if value is None:
+        raise InvalidInput(Reason.INVALID_ARGUMENT, f"{option}: must be an id (a UUID)")
+    return value
 
 
 def _words(record: dict[str, Any]) -> str:

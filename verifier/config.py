@@ -64,10 +64,12 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     Attributes:
         postgres: a file that holds a PostgreSQL connection string (libpq's form), readable by its owner alone.
         connections: to it from this process, 1 to 64.
+        schema: the schema in the database that holds the tables; made where it is not there.
     """
 
     postgres: Path
     connections: int = 4
+    schema: str = "sevattest"
 
     def __post_init__(self) -> None:
         """Refuse what would serve nobody."""

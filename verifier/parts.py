@@ -5,11 +5,14 @@ Only the composition root and the commands beside it call this. Nothing is opene
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
+from uuid import UUID
 
 from common.amd.kds import KeyService, key_service
 from common.errors import InvalidInput, Reason, SevattestError
+from common.private_file import read_private
 from common.sev.certs.roots import Root, named_root, pinned_roots
 from common.telemetry.log import Log
 from verifier.config import Config
@@ -22,8 +25,14 @@ from verifier.secrets.router import Secrets
 from verifier.secrets.stored import StoredSecrets
 from verifier.secrets.vault import VaultSecrets, VaultSettings
 from verifier.store.engine import no_step
+from verifier.store.postgres import PostgresStore
+from verifier.store.rows import AuditRow, ChainedRecord
 from verifier.store.sql_store import SqlStore
-from verifier.store.sqlite import SqliteStore
+from verifier.store.sqlite import SqliteStore, read_audit
+from verifier.store.sqlite_file import FILE_NAME
+
+_PAGE = 500  # records
+_DSN_MAX = 4096  # bytes
 
 
 def make_store(config: Config, on_step: Callable[[str], None] = no_step) -> SqlStore:
@@ -34,9 +43,8 @@ def make_store(config: Config, on_step: Callable[[str], None] = no_step) -> SqlS
     """
     if config.store is None:
         return SqliteStore(config.folder, on_step=on_step)
-    from verifier.store.postgres import PostgresStore, read_dsn  # noqa: PLC0415 -- an extra
-
-    return PostgresStore(read_dsn(config.store.postgres), connections=config.store.connections, on_step=on_step)
+    dsn = read_private(config.store.postgres, _DSN_MAX).decode("utf-8", "replace").strip()
+    return PostgresStore(dsn, on_step, schema=config.store.schema, threads=config.store.connections)
 
 
 def sealing_keys(config: Config) -> tuple[SealingKey, ...]:
@@ -120,3 +128,42 @@ def trusted_roots(config: Config) -> tuple[tuple[Root, ...], tuple[tuple[Path, R
         if root.emulated:
             named.append((path, root))
     return (*pinned_roots(), *(root for _, root in named)), tuple(named)
+
+
+@asynccontextmanager
+async def opened(config: Config) -> AsyncIterator[tuple[SqlStore, Keyring]]:
+    """The store and the keys, for a command that takes the place of a serving process (SQLite) or stands beside it.
+
+    Raises:
+        InvalidInput: INVALID_CONFIGURATION.
+        Unavailable: a process serves from the same folder, or the store or the token has no answer.
+    """
+    keys = sealing_keys(config)
+    for key in token_keys(keys):
+        await key.refresh()
+    store = make_store(config)
+    await store.open()
+    try:
+        yield store, Keyring(keys[0], keys[1:])
+    finally:
+        await store.close()
+
+
+async def read_records(config: Config, launch_id: UUID | None) -> Sequence[AuditRow]:
+    """All audit records, or those of one launch, oldest first, also while a process serves.
+
+    Raises:
+        InvalidInput: INVALID_CONFIGURATION.
+        Unavailable: the store cannot be read.
+    """
+    if config.store is None:
+        return read_audit(config.folder / FILE_NAME, launch_id)
+    store = make_store(config)
+    await store.open()
+    try:
+        found: list[ChainedRecord] = []
+        while page := await store.records(launch_id, after=found[-1].number if found else 0, limit=_PAGE):
+            found += page
+        return [each.record for each in found]
+    finally:
+        await store.close()

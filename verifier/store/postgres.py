@@ -12,13 +12,16 @@ from verifier.store.sql_store import SqlStore
 class PostgresStore(SqlStore):
     """The `Store` over a PostgreSQL."""
 
-    def __init__(self, dsn: str, on_step: Callable[[str], None] = no_step, *, schema: str = "sevattest") -> None:
+    def __init__(
+        self, dsn: str, on_step: Callable[[str], None] = no_step, *, schema: str = "sevattest", threads: int = 4
+    ) -> None:
         """Prepare a store; nothing is connected before `open`.
 
         Args:
             dsn: a libpq connection string or URI; no error tells anything of it.
             on_step: called before and after each commit.
             schema: the schema in the database that holds the store's tables; made where it is not there.
+            threads: how many transactions run at once, each on a connection of its own.
 
         Raises:
             InvalidInput: the DSN cannot be read, the schema's name is not usable, or the extra is not installed.
@@ -30,4 +33,4 @@ class PostgresStore(SqlStore):
             raise InvalidInput(
                 Reason.INVALID_CONFIGURATION, "store: PostgreSQL needs the extra sevattest[postgres]"
             ) from error
-        super().__init__(PostgresEngine(dsn, on_step, schema=schema))
+        super().__init__(PostgresEngine(dsn, on_step, schema=schema, threads=threads))
