@@ -132,7 +132,7 @@ def _generated(args: argparse.Namespace) -> int:
 
     from common.hardening import harden_process
     from verifier.config import load_config
-    from verifier.parts import opened
+    from verifier.parts import beside
     from verifier.secrets.generated_command import find_generated, hand_over
 
     harden_process()
@@ -140,7 +140,7 @@ def _generated(args: argparse.Namespace) -> int:
     guid = None if args.guid is None else _uuid("--guid", args.guid)
 
     async def find() -> Sequence[Any]:
-        async with opened(load_config(args.config, os.environ)) as (store, keyring):
+        async with beside(load_config(args.config, os.environ)) as (store, keyring):
             return await find_generated(store, keyring, launch_id, guid)
 
     for line in hand_over(asyncio.run(find()), args.out):

@@ -21,6 +21,7 @@ from verifier.keys.file import read_key_file
 from verifier.keys.keyring import Keyring
 from verifier.keys.pkcs11 import TokenKey, read_wrapped_key_file
 from verifier.keys.token import Pkcs11Settings
+from verifier.secrets.generated_command import GeneratedRows
 from verifier.secrets.router import Secrets
 from verifier.secrets.stored import StoredSecrets
 from verifier.secrets.vault import VaultSecrets, VaultSettings
@@ -28,7 +29,7 @@ from verifier.store.engine import no_step
 from verifier.store.postgres import PostgresStore
 from verifier.store.rows import AuditRow, ChainedRecord
 from verifier.store.sql_store import SqlStore
-from verifier.store.sqlite import SqliteStore, read_audit
+from verifier.store.sqlite import SqliteReader, SqliteStore, read_audit
 from verifier.store.sqlite_file import FILE_NAME
 
 _PAGE = 500  # records
@@ -131,20 +132,24 @@ def trusted_roots(config: Config) -> tuple[tuple[Root, ...], tuple[tuple[Path, R
 
 
 @asynccontextmanager
-async def opened(config: Config) -> AsyncIterator[tuple[SqlStore, Keyring]]:
-    """The store and the keys, for a command that takes the place of a serving process (SQLite) or stands beside it.
+async def beside(config: Config) -> AsyncIterator[tuple[GeneratedRows, Keyring]]:
+    """What is kept of generated secrets, and the keys, for a command beside the process that serves.
 
     Raises:
         InvalidInput: INVALID_CONFIGURATION.
-        Unavailable: a process serves from the same folder, or the store or the token has no answer.
+        Unavailable: the store or the token has no answer.
     """
     keys = sealing_keys(config)
     for key in token_keys(keys):
         await key.refresh()
+    keyring = Keyring(keys[0], keys[1:])
+    if config.store is None:
+        yield SqliteReader(config.folder), keyring
+        return
     store = make_store(config)
     await store.open()
     try:
-        yield store, Keyring(keys[0], keys[1:])
+        yield store, keyring
     finally:
         await store.close()
 

@@ -23,6 +23,25 @@ class SqliteStore(SqlStore):
         super().__init__(SqliteEngine(folder, on_step))
 
 
+class SqliteReader:
+    """What a command reads beside the process that serves from the file."""
+
+    def __init__(self, folder: Path) -> None:
+        """Remember where the file is; it is opened for each question."""
+        self._path = folder / sqlite_file.FILE_NAME
+
+    async def generated(self, launch_id: UUID) -> bytes | None:
+        """See `Store`."""
+        connection = sqlite_file.connect_reader(self._path)
+        try:
+            row = connection.execute("SELECT generated FROM launch WHERE launch_id=?", (str(launch_id),)).fetchone()
+        except sqlite3.Error as error:
+            raise sqlite_file.store_unavailable(error, "be read") from error
+        finally:
+            connection.close()
+        return None if row is None else row[0]
+
+
 def read_audit(path: Path, launch_id: UUID | None) -> list[AuditRow]:
     """All audit records of a store, oldest first, also while a process serves from it.
 
