@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -24,7 +24,7 @@ from common.rpc.identity import Role
 from sevattest.v1 import verifier_service_pb2_grpc
 from tests.support.chains import SyntheticPlatform, make_platform
 from tests.support.desk import KEK, document, write_artefacts, write_document
-from tests.support.pki import DATACENTER_DOMAIN, Pki
+from tests.support.pki import DATACENTER_DOMAIN, OWNER_DOMAIN, Pki
 
 _START_TIMEOUT = 60.0
 
@@ -48,13 +48,23 @@ class VerifierSite:
         self.config = self.folder / "verifier.toml"
 
     @classmethod
-    def make(cls, folder: Path, *, content: dict[str, Any] | None = None, extra: str = "") -> VerifierSite:
+    def make(
+        cls,
+        folder: Path,
+        *,
+        content: dict[str, Any] | None = None,
+        extra: str = "",
+        dsn: str | None = None,
+        owners: bool = False,
+    ) -> VerifierSite:
         """Write configuration, key file, documents, root and identities.
 
         Args:
             folder: where to; must be short enough for a socket's path.
             content: the workload document; `document()` for the caller `cluster` if absent.
             extra: more of the configuration.
+            dsn: of the PostgreSQL to keep everything in; SQLite if absent.
+            owners: whether owners are served too.
         """
         folder.mkdir(parents=True, exist_ok=True)
         site = cls(folder=folder, pki=Pki(folder / "pki"), platform=make_platform())
@@ -65,10 +75,19 @@ class VerifierSite:
         key_file.touch(mode=0o600)
         key_file.write_bytes(KEK)
         server = site.pki.issue(Role.VERIFIER, "v")
+        store, tables = 'state_dir = "state"', ""
+        if dsn is not None:
+            (folder / "dsn").touch(mode=0o600)
+            (folder / "dsn").write_text(dsn)
+            store, tables = "", '[store]\npostgres = "dsn"\n'
+        if owners:
+            tables += (
+                f'[admin]\nlisten = "127.0.0.1:0"\nclient_ca = "{site.pki.owner_ca}"\ntrust_domain = "{OWNER_DOMAIN}"\n'
+            )
         site.config.write_text(
             f"""\
 listen = "127.0.0.1:0"
-state_dir = "state"
+{store}
 documents = "documents"
 key_file = "kek.bin"
 
@@ -83,7 +102,7 @@ socket = "h.sock"
 
 [platforms]
 extra_roots = ["ask_ark.cert"]
-{extra}
+{tables}{extra}
 """
         )
         return site
@@ -96,34 +115,59 @@ extra_roots = ["ask_ark.cert"]
         """The generated client."""
         return verifier_service_pb2_grpc.VerifierServiceStub(channel)
 
-    def serve(self, *, die_at: str | None = None) -> ServingVerifier:
-        """Start the program; with `die_at` it kills itself at that step."""
-        words = [sys.executable, "-m", "verifier.cli", "serve", "--config", str(self.config)]
+    def serve(
+        self, *, die_at: str | None = None, environ: Mapping[str, str] | None = None, under: Sequence[str] = ()
+    ) -> ServingVerifier:
+        """Start the program, and return when it serves.
+
+        Args:
+            die_at: the step at which it kills itself.
+            environ: more of the environment, where settings can be overridden.
+            under: a command that becomes the program.
+        """
+        words = [*under, sys.executable, "-m", "verifier.cli", "serve", "--config", str(self.config)]
         if die_at is not None:
-            words = [sys.executable, "-m", "tests.support.verifier_process", str(self.config), die_at]
+            words = [*under, sys.executable, "-m", "tests.support.verifier_process", str(self.config), die_at]
         log = self.folder / "log"
         with log.open("ab") as errors:
             process = subprocess.Popen(
-                words, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=Path(__file__).parents[2]
+                words,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                cwd=Path(__file__).parents[2],
+                env={**os.environ, **(environ or {})},
             )
         assert process.stdout is not None
         watchdog = threading.Timer(_START_TIMEOUT, process.kill)
         watchdog.start()
-        line = process.stdout.readline()
+        said: dict[str, str] = {}
+        for line in process.stdout:
+            what, _, address = line.strip().rpartition(" on ")
+            said[what.removeprefix("sev-verifier: ")] = address
+            if "serving" in said:
+                break
         watchdog.cancel()
-        if not line.startswith("sev-verifier: serving on "):
+        if "serving" not in said:
             process.kill()
             process.communicate()
             raise AssertionError(f"the verifier did not start: {log.read_text()}")
-        return ServingVerifier(process=process, address=line.rsplit(" ", 1)[-1].strip())
+        return ServingVerifier(process=process, address=said["serving"], admin=said.get("serving owners"))
 
 
 @dataclass(kw_only=True)
 class ServingVerifier:
-    """The running program."""
+    """The running program.
+
+    Attributes:
+        process: itself.
+        address: for orchestrators.
+        admin: for owners.
+    """
 
     process: subprocess.Popen[str]
     address: str
+    admin: str | None = None
 
     def __enter__(self) -> Self:
         return self
