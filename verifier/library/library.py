@@ -61,7 +61,7 @@ class Library:
         async with self._lock:
             files = await asyncio.to_thread(read_folder, self._folder)
             revision, applied = await self._read_rows()
-            documents = snapshot(revision, (*files, *applied.values()))
+            documents = await asyncio.to_thread(snapshot, revision, (*files, *applied.values()))
             _require_distinct(documents)
             prepared = await asyncio.to_thread(self._prepare, documents, {})
             self._files, self._applied = files, applied
@@ -83,7 +83,7 @@ class Library:
             revision, applied = await self._read_rows()
             if self._documents is not None and revision == self._documents.revision:
                 return self._documents
-            documents = snapshot(revision, (*self._files, *applied.values()))
+            documents = await asyncio.to_thread(snapshot, revision, (*self._files, *applied.values()))
             prepared = await asyncio.to_thread(self._prepare, documents, self._prepared)
             self._applied = applied
             return self._put(documents, prepared)

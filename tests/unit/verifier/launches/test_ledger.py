@@ -98,6 +98,17 @@ def test_the_rate_is_not_given_back() -> None:
     assert reason_against(row, replace(grant, rate=None), NOW) is None
 
 
+def test_rounding_never_lets_one_more_through() -> None:
+    grant = replace(GRANT, launches=1000, at_once=1000, rate=Rate(launches=3, period=timedelta(seconds=1)))
+    row = LedgerRow()
+    for _ in range(3):
+        row = begin(row, grant, NOW)
+    # A third of a second is 333333 1/3 microseconds.
+    third = timedelta(microseconds=333_333)
+    assert reason_against(row, grant, NOW + third) is Reason.GRANT_RATE_LIMITED
+    assert reason_against(row, grant, NOW + third + timedelta(microseconds=1)) is None
+
+
 _STEPS = st.lists(st.sampled_from(["begin", "released", "refused", "returned"]), max_size=80)
 _GRANTS = st.builds(
     lambda launches, at_once, refusals: replace(GRANT, launches=launches, at_once=at_once, refusals=refusals),
