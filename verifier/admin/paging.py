@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -23,6 +24,8 @@ _VERSION = b"\x01"
 _SCOPE_SIZE = 8
 # The longest cursor is a name and a version, 128 and 64 characters; a token of our own is far below.
 _TOKEN_MAX = 1024
+# Names, versions, ids and numbers, and a line's end between two of them: whatever a token holds, a store can look for.
+_CURSOR = re.compile(r"[A-Za-z0-9._+\n-]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +82,7 @@ class Listing:
         except (UnicodeError, binascii.Error):
             raise unusable_token() from None
         # One token has one spelling, and belongs to one listing.
-        if len(token) > _TOKEN_MAX or raw[: 1 + _SCOPE_SIZE] != _VERSION + self._scope or not text:
+        if len(token) > _TOKEN_MAX or raw[: 1 + _SCOPE_SIZE] != _VERSION + self._scope or not _CURSOR.fullmatch(text):
             raise unusable_token()
         if self.token(text) != token:
             raise unusable_token()
