@@ -234,7 +234,7 @@ def test_a_launch_that_is_no_id_and_a_missing_file_are_bad_input(
     site: VerifierSite, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, _, err = command(capsys, "audit", "--config", str(site.config), "--launch", "1")
-    assert (code, err) == (2, "sev-verifier: --launch: must be a launch's id (a UUID)\n")
+    assert (code, err) == (2, "sev-verifier: --launch: must be an id (a UUID)\n")
     code, _, err = command(capsys, "health", "--config", str(site.folder / "none.toml"))
     assert code == 2
     assert "none.toml" in err
