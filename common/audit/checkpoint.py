@@ -20,6 +20,10 @@ from common.audit.jws import CHECKPOINT_TYPE, KeySet, verify_jws
 from common.errors import InvalidInput, Reason
 
 
+# Replicas sign by their own clocks, which may be this far apart (verifier/launches/timekeeper.py refuses more).
+SKEW_S = 600
+
+
 class _Claims(msgspec.Struct, frozen=True, kw_only=True):
     number: Annotated[int, msgspec.Meta(ge=1)]
     hash: str
@@ -75,7 +79,7 @@ def verify_checkpoints(tokens: Iterable[str | bytes], keys: KeySet) -> Sequence[
     Raises:
         InvalidInput: one is no checkpoint (MALFORMED).
         Refused: one is not signed, two say different things of one record, or one that says more is older
-            (BAD_SIGNATURE, field `number`).
+            by more than ten minutes: the log was set back in between (BAD_SIGNATURE, field `number`).
     """
     heads = sorted((read_checkpoint(token, keys) for token in tokens), key=lambda each: (each.head.number, each.iat))
     kept: list[SignedHead] = []
@@ -85,9 +89,10 @@ def verify_checkpoints(tokens: Iterable[str | bytes], keys: KeySet) -> Sequence[
             if before.head.hash != signed.head.hash:
                 raise broken(signed.head.number, "was signed with two different hashes: the log was forked")
             continue
-        if before is not None and signed.iat < before.iat:
+        if before is not None and signed.iat < before.iat - SKEW_S:
             raise broken(
-                signed.head.number, f"was signed before record {before.head.number}, which is older: the log was forked"
+                signed.head.number,
+                f"was signed before record {before.head.number}, which is older: the log was set back",
             )
         kept.append(signed)
     return kept
