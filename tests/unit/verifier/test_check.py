@@ -18,12 +18,17 @@ from verifier.appraisal.rules import LAUNCH_RULES, PLATFORM_RULES, REPORT_RULES
 from verifier.check import check
 from verifier.cli import main
 from verifier.config import (
+    AdminConfig,
+    AuditConfig,
     Config,
     HealthConfig,
     KdsConfig,
     LimitsConfig,
+    Pkcs11Config,
     PlatformsConfig,
+    StoreConfig,
     TlsConfig,
+    VaultConfig,
     load_config,
 )
 from verifier.documents.generations import GENERATIONS
@@ -32,7 +37,10 @@ from verifier.library.documents import snapshot
 from verifier.library.folder import read_folder
 from verifier.library.warnings import warnings_for
 
-STRUCTS = (TlsConfig, HealthConfig, PlatformsConfig, KdsConfig, LimitsConfig)
+STRUCTS = (
+    *(TlsConfig, HealthConfig, PlatformsConfig, KdsConfig, LimitsConfig),
+    *(AdminConfig, StoreConfig, Pkcs11Config, VaultConfig, AuditConfig),
+)
 
 
 @pytest.fixture
