@@ -19,7 +19,6 @@ from common.audit.chain import GENESIS, HASH_SIZE, Head, Link, broken, walk_chai
 from common.audit.jws import CHECKPOINT_TYPE, KeySet, verify_jws
 from common.errors import InvalidInput, Reason
 
-
 # Replicas sign by their own clocks, which may be this far apart (verifier/launches/timekeeper.py refuses more).
 SKEW_S = 600
 
