@@ -6,6 +6,7 @@ Over PostgreSQL the racers are replicas and processes; over SQLite there is one 
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
@@ -15,6 +16,8 @@ import pytest
 
 from common.errors import LimitExceeded, Reason, SevattestError
 from tests.contract.test_stores import chain_verifies
+from tests.support.eventually import until
+from tests.support.postgres import Server
 from tests.support.store_rows import KEY_ID, NOW, admin_request, audit, document, expiry, opening, release, sealed
 from tests.support.stores import Place, count_open, count_released, go
 from verifier.store.rows import Checkpoint, LedgerRow, Opening, Outcome, Spending
@@ -167,6 +170,36 @@ async def test_a_document_that_many_apply_is_one_document(replicas: Sequence[Sql
         Outcome.CONFLICT: RACERS // 2,
     }
     assert await replicas[0].revision() == 1
+
+
+@pytest.mark.parametrize("place", ["postgres"], indirect=True)
+async def test_documents_do_not_change_between_a_judgement_and_its_commit(
+    place: Place, store: SqlStore, postgres_server: Server
+) -> None:
+    """A kill switch that was answered is in force: no launch that was judged before it is committed after it."""
+    reached, go_on = threading.Event(), threading.Event()
+
+    def on_step(step: str) -> None:
+        if step in {"open:before-commit", "move:before-commit"}:
+            reached.set()
+            assert go_on.wait(timeout=30)
+
+    slow = place.store(on_step)
+    await slow.open()
+    new = opening()
+    for revision, work in enumerate((slow.open_launch(new), slow.move(release(new.launch.launch_id, revision=1)))):
+        reached.clear()
+        go_on.clear()
+        judged = asyncio.create_task(work)
+        assert await asyncio.to_thread(reached.wait, 30)
+        switch = asyncio.create_task(store.apply_document(document(version=str(revision)), admin_request(), audit()))
+        waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type='Lock' AND query LIKE '%revision%'"
+        await until(lambda: switch.done() or postgres_server.sql(waiting) == "1")  # noqa: B023 -- awaited here
+        assert not switch.done()
+        go_on.set()
+        assert await judged is Outcome.DONE
+        assert await switch is Outcome.DONE
+    await slow.close()
 
 
 @pytest.mark.slow

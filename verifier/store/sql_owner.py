@@ -185,7 +185,7 @@ class Secrets(OverEngine):
             found: list[SealedBlob] = []
             for query, place in _OTHERS:
                 if len(found) < limit:
-                    rows = transaction.rows(query, key_id, key_id, limit - len(found))
+                    rows = transaction.rows(query, key_id, limit - len(found))
                     found += [SealedBlob(place=place(row), sealed=row[-1]) for row in rows]
             return found
 
@@ -222,21 +222,21 @@ _NEXT_GENERATED = (
 )
 
 
-def _others(columns: str, table: str, sealed: str, where: str = "1=1") -> str:
+def _others(
+    place: Callable[[Row], tuple[str, ...]], columns: str, table: str, sealed: str, where: str = "1=1"
+) -> list[tuple[str, Callable[[Row], tuple[str, ...]]]]:
+    """Queries for what is sealed under other keys than one, and the places of what they find."""
     # `<>` would read all; two ranges of an index read what they find.
-    key_id = f"substr({sealed}, 2, 8)"
-    return f"SELECT {columns}, {sealed} FROM {table} WHERE {where} AND ({key_id} < ? OR {key_id} > ?) LIMIT ?"  # noqa: S608 -- constants
+    select = f"SELECT {columns}, {sealed} FROM {table} WHERE {where} AND substr({sealed}, 2, 8)"  # noqa: S608 -- constants
+    return [(f"{select} {beside} ? LIMIT ?", place) for beside in ("<", ">")]
 
 
-_OTHERS: tuple[tuple[str, Callable[[Row], tuple[str, ...]]], ...] = (
-    (_others("launch_id", "launch", "tek", "state='open'"), lambda row: ("launch", row[0], "tek")),
-    (_others("launch_id", "launch", "tik", "state='open'"), lambda row: ("launch", row[0], "tik")),
-    (
-        _others("launch_id", "launch", "generated", "generated IS NOT NULL"),
-        lambda row: ("launch", row[0], "generated"),
-    ),
-    (_others("name, version", "secret", "sealed"), lambda row: ("secret", row[0], str(row[1]))),
-    (_others("name", "identity", "sealed"), lambda row: ("identity", row[0])),
+_OTHERS = (
+    *_others(lambda row: ("launch", row[0], "tek"), "launch_id", "launch", "tek", "state='open'"),
+    *_others(lambda row: ("launch", row[0], "tik"), "launch_id", "launch", "tik", "state='open'"),
+    *_others(lambda row: ("launch", row[0], "generated"), "launch_id", "launch", "generated", "generated IS NOT NULL"),
+    *_others(lambda row: ("secret", row[0], str(row[1])), "name, version", "secret", "sealed"),
+    *_others(lambda row: ("identity", row[0]), "name", "identity", "sealed"),
 )
 
 
