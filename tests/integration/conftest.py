@@ -1,10 +1,13 @@
-"""What the integration tests print at their end."""
+"""What the integration tests share, and what they print at their end."""
 
 from __future__ import annotations
 
 import pytest
 
 from tests.support.kill_table import rows
+from tests.support.postgres import own_postgres_server
+
+__all__ = ["own_postgres_server"]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

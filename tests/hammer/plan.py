@@ -1,0 +1,114 @@
+"""What a run of the hammer is to do, and what it counts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tests.support.documents import grant, workload
+
+GRANT = "hammered"
+LIFETIME_S = 10  # of a launch: the shortest that a workload may have
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One run. Whatever is left to chance is drawn from the seed; who wins a race is not.
+
+    Attributes:
+        seed: of all that is drawn.
+        replicas: verifier processes; 1 over SQLite.
+        launches: of the grant.
+        at_once: of the grant.
+        callers: that are at work at any time.
+        identities: that they share.
+        deaths: callers that die in the middle of a launch and never come back, at most.
+        lies: launches that are measured wrong, at most.
+        kills: of verifier processes by SIGKILL, all in all.
+        restarts: of the database, as after a crash.
+        boot: seconds that a guest takes from begin to its measurement, at least and at most.
+    """
+
+    seed: int
+    replicas: int
+    launches: int = 100
+    at_once: int = 8
+    callers: int = 64
+    identities: int = 8
+    deaths: int = 5
+    lies: int = 5
+    kills: int = 4
+    restarts: int = 0
+    boot: tuple[float, float] = (0.02, 0.3)
+
+    @property
+    def names(self) -> Sequence[str]:
+        """The orchestrators' names."""
+        return [f"cluster-{number}" for number in range(self.identities)]
+
+    @property
+    def callers_on_file(self) -> list[str]:
+        """Who may spend the grant."""
+        return [f"spiffe://datacenter.example/orchestrator/{name}" for name in self.names]
+
+    def documents(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The workload, which nobody may launch by itself, and the grant."""
+        measure = {
+            "firmware": "ovmf.fd",
+            "kernel": "kernel",
+            "initrd": "initrd",
+            "cmdline": "console=ttyS0",
+            "vcpus": [1],
+            "cpus": ["EPYC-Milan"],
+            "flavours": ["legacy", "init2"],
+        }
+        return (
+            workload(callers=None, measure=measure, lifetime=f"{LIFETIME_S}s"),
+            grant(
+                GRANT,
+                callers=self.callers_on_file,
+                launches=self.launches,
+                at_once=self.at_once,
+                refusals=self.lies + 1,
+            ),
+        )
+
+
+@dataclass(kw_only=True)
+class Answer:
+    """What a caller was given for its launch.
+
+    Attributes:
+        launch_id: the launch.
+        packets: header and payload of every answer that came.
+        receipts: of every answer that came.
+        opened: whether the guest could open the packet and found the secret.
+    """
+
+    launch_id: str
+    packets: set[bytes] = field(default_factory=set)
+    receipts: set[str] = field(default_factory=set)
+    opened: bool = False
+
+
+@dataclass(kw_only=True)
+class Tally:
+    """What happened, as those who made it happen saw it.
+
+    Attributes:
+        counts: how often, by what.
+        answers: packets that callers got, by launch.
+        samples: open launches by their rows, by the ledger, and what the ledger says is released; at one moment each.
+        seconds: that the hammering took.
+    """
+
+    counts: Counter[str] = field(default_factory=Counter)
+    answers: dict[str, Answer] = field(default_factory=dict)
+    samples: list[tuple[int, int, int]] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def add(self, what: str) -> None:
+        """Count one."""
+        self.counts[what] += 1
