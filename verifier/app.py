@@ -23,6 +23,7 @@ from common.telemetry.log import Log
 from verifier import admin_service, chores, parts, service
 from verifier.admin.desks import owner_desks
 from verifier.config import AdminConfig, Config, load_config
+from verifier.keys.base import SealingKey
 from verifier.keys.identities import load_identities
 from verifier.keys.keyring import Keyring
 from verifier.keys.rewrap import Rewrap
@@ -97,7 +98,9 @@ class App:
         self._roots, self._named = parts.trusted_roots(self._config)
         self._keys = parts.sealing_keys(self._config)
         self._keyring = Keyring(self._keys[0], self._keys[1:])
-        self._denied = DenyList(self._config.platforms.denied_chips)
+        self._denied_chips = self._config.platforms.denied_chips
+        self._revoked_chips: frozenset[str] = frozenset()
+        self._denied = DenyList(self._denied_chips)
         self._store = parts.make_store(self._config, surroundings.on_step)
         self._library = Library(self._config.documents, self._store, log)
         self._service = parts.make_key_service(self._config, self._roots)
@@ -106,6 +109,7 @@ class App:
         self._admin: Server | None = None
         self._checkpoints: chores.Checkpoints | None = None
         self._chores: set[asyncio.Task[None]] = set()
+        self._refreshers: dict[bytes, asyncio.Task[None]] = {}
 
     async def start(self) -> Addresses:
         """Open everything and serve.
@@ -117,9 +121,10 @@ class App:
         config = self._config
         await self._store.open()
         try:
-            await self._keep_tokens_fresh()
+            for key in parts.token_keys(self._keys):
+                await key.refresh()
             await self._library.load()
-            await self._require_keys()
+            await self._require_keys(self._keyring.key_ids)
             self._server = Server(
                 listen=config.listen,
                 tls=config.server_tls(),
@@ -156,13 +161,16 @@ class App:
         admin_service.add_to(self._admin, admin_service.AdminServicer(desks))
         return await self._admin.start()
 
-    async def _keep_tokens_fresh(self) -> None:
-        for key in parts.token_keys(self._keys):
-            await key.refresh()
-            self._spawn(key.keep_fresh(self._log))
+    def _keep_fresh(self, keys: tuple[SealingKey, ...]) -> None:
+        """Have the token asked for its keys again and again, and for those no more that are not in use."""
+        tokens = {key.key_id: key for key in parts.token_keys(keys)}
+        for gone in self._refreshers.keys() - tokens.keys():
+            self._refreshers.pop(gone).cancel()
+        for key_id in tokens.keys() - self._refreshers.keys():
+            self._refreshers[key_id] = self._task(tokens[key_id].keep_fresh(self._log))
 
-    async def _require_keys(self) -> None:
-        strange = await self._store.sealing_keys() - self._keyring.key_ids
+    async def _require_keys(self, known: frozenset[bytes]) -> None:
+        strange = await self._store.sealing_keys() - known
         if strange:
             names = ", ".join(sorted(key.hex() for key in strange))
             raise InvalidInput(
@@ -214,6 +222,7 @@ class App:
                 log=log,
             )
         )
+        self._keep_fresh(self._keys)
         self._spawn(chores.rewrap(Rewrap(self._store, self._keyring, log), self._wakers.keys, log))
         if self._service is not None:
             self._spawn(chores.resolve_denied(self._denied, self._service, self._roots, self._wakers.denied, log))
@@ -241,9 +250,13 @@ class App:
         )
 
     def _spawn(self, chore: Coroutine[object, object, None]) -> None:
+        _ = self._task(chore)
+
+    def _task(self, chore: Coroutine[object, object, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(chore)
         self._chores.add(task)
         task.add_done_callback(self._chore_ended)
+        return task
 
     def _chore_ended(self, task: asyncio.Task[None]) -> None:
         self._chores.discard(task)
@@ -259,13 +272,16 @@ class App:
 
     async def _renew_denied(self) -> None:
         """Have the chips of the owner's revocations known by their keys too, as those of the configuration are."""
-        revoked = (await self._library.current()).revoked.chips
-        if self._denied.set_owners({*self._config.platforms.denied_chips, *revoked}):
+        self._revoked_chips = (await self._library.current()).revoked.chips
+        self._deny()
+
+    def _deny(self) -> None:
+        if self._denied.set_owners({*self._denied_chips, *self._revoked_chips}):
             self._wakers.denied.set()
 
     async def reload(self) -> None:
         """Read configuration and documents again, each for itself; what is bad changes nothing and is logged."""
-        good = self._reload_config()
+        good = await self._reload_config()
         try:
             await self._library.load()
             await self._renew_denied()
@@ -275,32 +291,32 @@ class App:
         if good:
             self._log.info("verifier.reloaded", sealing=self._keyring.key_id.hex())
 
-    def _reload_config(self) -> bool:
+    async def _reload_config(self) -> bool:
         try:
             config = load_config(self._path, self._world.environ)
         except InvalidInput as error:
             self._log.error("configuration.refused", error=error)
             return False
-        self._config = config
-        self._denied.set_owners(config.platforms.denied_chips)
-        self._wakers.denied.set()
+        self._denied_chips = config.platforms.denied_chips
+        self._deny()
         try:
-            self._reload_keys(config)
-        except InvalidInput as error:
+            await self._reload_keys(config)
+        except SevattestError as error:
             self._log.error("keys.refused", error=error)
             return False
         return True
 
-    def _reload_keys(self, config: Config) -> None:
-        keys = parts.sealing_keys(config)
+    async def _reload_keys(self, config: Config) -> None:
+        """Put other keys in place, once each of them opens and all that is stored has its key among them."""
         known = {key.key_id: key for key in self._keys}
-        # A token's key that is known already has been asked for; a new one is, before anything is sealed with it.
-        keys = tuple(known.get(key.key_id, key) for key in keys)
-        self._keyring.reload(keys[0], keys[1:])
+        keys = tuple(known.get(key.key_id, key) for key in parts.sealing_keys(config))
         for key in parts.token_keys(keys):
             if key.key_id not in known:
-                self._spawn(key.keep_fresh(self._log))
+                await key.refresh()
+        await self._require_keys(frozenset(key.key_id for key in keys))
+        self._keyring.reload(keys[0], keys[1:])
         self._keys = keys
+        self._keep_fresh(keys)
         self._wakers.keys.set()
 
     async def stop(self) -> None:

@@ -19,7 +19,7 @@ from verifier.config import Config
 from verifier.keys.base import SealingKey
 from verifier.keys.file import read_key_file
 from verifier.keys.keyring import Keyring
-from verifier.keys.pkcs11 import TokenKey, read_wrapped_key_file
+from verifier.keys.pkcs11 import TokenKey, read_any_key_file, read_wrapped_key_file
 from verifier.keys.token import Pkcs11Settings
 from verifier.secrets.generated_command import GeneratedRows
 from verifier.secrets.router import Secrets
@@ -54,18 +54,17 @@ def sealing_keys(config: Config) -> tuple[SealingKey, ...]:
     Raises:
         InvalidInput: INVALID_CONFIGURATION.
     """
-    return tuple(_key(config, path) for path in (config.key_file, *config.older_key_files))
+    if config.pkcs11 is None:
+        return tuple(read_key_file(path) for path in (config.key_file, *config.older_key_files))
+    settings = token_settings(config)
+    # On the way into the token, older keys may still be plain.
+    older = (read_any_key_file(path, settings) for path in config.older_key_files)
+    return (read_wrapped_key_file(config.key_file, settings), *older)
 
 
 def token_keys(keys: tuple[SealingKey, ...]) -> tuple[TokenKey, ...]:
     """Those of them that a token opens, and that must be kept fresh."""
     return tuple(key for key in keys if isinstance(key, TokenKey))
-
-
-def _key(config: Config, path: Path) -> SealingKey:
-    if config.pkcs11 is None:
-        return read_key_file(path)
-    return read_wrapped_key_file(path, token_settings(config))
 
 
 def token_settings(config: Config) -> Pkcs11Settings:

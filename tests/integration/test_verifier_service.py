@@ -115,7 +115,7 @@ async def test_a_launch_from_begin_to_the_guests_secret(site: VerifierSite, stub
         measurement=blob[:32],
     )
     assert SECRET in table
-    said = untrusted_claims(released.receipt)["submods"]["sev"]
+    said = untrusted_claims(released.receipt)["submods"]["sev"]["ear_verifier_claims"]
     assert said["sevattest.launch_id"] == begun.launch.launch_id
     shown = await ask(
         stub.GetLaunch, verifier_service_pb2.VerifierServiceGetLaunchRequest(launch_id=begun.launch.launch_id)

@@ -247,7 +247,7 @@ class Desk:
         """What a receipt says, its signature verified; our own claims without their prefix."""
         keys = read_key_set(json.dumps(self.dependencies.signer.jwks()).encode())
         claims = verify_jws(released.receipt, keys, typ=RECEIPT_TYPE).claims
-        said: dict[str, Any] = claims["submods"]["sev"]
+        said: dict[str, Any] = claims["submods"]["sev"]["ear_verifier_claims"]
         return {name.removeprefix("sevattest."): value for name, value in said.items()}
 
     def audit(self, launch_id: UUID | None = None) -> list[AuditRow]:

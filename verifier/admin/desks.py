@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from verifier.admin.documents import DocumentDesk
-from verifier.admin.filed import DocumentLibrary
 from verifier.admin.grants import GrantDesk
 from verifier.admin.impact import ImpactDesk
 from verifier.admin.launches import LaunchDesk
@@ -14,6 +13,7 @@ from verifier.admin.requests import Journal
 from verifier.admin.secrets import SecretDesk
 from verifier.admin.simulate import SimulateDesk
 from verifier.launches.dependencies import Dependencies
+from verifier.library.validate import DocumentLibrary
 
 
 @dataclass(frozen=True, kw_only=True)

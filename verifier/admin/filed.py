@@ -1,7 +1,4 @@
-"""Documents as their owner sees them: every version, where it is from, written out, with what deserves a second look.
-
-`DocumentLibrary` is what the owner's side asks of `verifier.library.library.Library`.
-"""
+"""Documents as their owner sees them: every version, where it is from, written out, with what deserves a second look."""
 
 from __future__ import annotations
 
@@ -10,15 +7,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Protocol
 
 from common.errors import Reason, WrongState
 from verifier.documents.platform import KnownPlatform
-from verifier.documents.reader import read_document
 from verifier.documents.workload import Workload, version_order
-from verifier.library.applied import APPLIED
+from verifier.library.applied import read_applied
 from verifier.library.documents import Documents, Entry, supposed
-from verifier.library.prepared import Prepared
+from verifier.library.warnings import warnings_for
 
 
 class Kind(StrEnum):
@@ -28,27 +23,6 @@ class Kind(StrEnum):
     GRANT = "Grant"
     PLATFORM = "Platform"
     REVOCATION = "Revocation"
-
-
-class DocumentLibrary(Protocol):
-    """The library of documents."""
-
-    @property
-    def folder(self) -> Path:
-        """What relative paths in applied documents are relative to."""
-        ...
-
-    async def current(self) -> Documents:
-        """What is on file now.
-
-        Raises:
-            Unavailable: the store has no answer.
-        """
-        ...
-
-    async def prepared(self, workload: Workload) -> Prepared:
-        """A workload with its artefacts as they are on disk now."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +55,19 @@ class Filed:
         return version_order(self.version)
 
 
-def filed(entry: Entry) -> Filed:
-    """A library's entry as its owner sees it."""
+def filed(entry: Entry, beside: Documents | None = None) -> Filed:
+    """A library's entry as its owner sees it.
+
+    Args:
+        entry: the version of a document.
+        beside: what is on file, for the warnings about names that lead nowhere and the like; without it, none of them.
+    """
     document = entry.document
-    warnings = document.warnings if isinstance(document, Workload) else ()
+    warnings: tuple[str, ...] = ()
+    if document is not None and beside is not None:
+        warnings = warnings_for(document, beside)
+    elif isinstance(document, Workload):
+        warnings = document.warnings
     if entry.problem is not None:
         warnings = (entry.problem, *warnings)
     return Filed(
@@ -110,7 +93,7 @@ def read_text(text: bytes, folder: Path) -> Entry:
     Raises:
         InvalidDocument: with everything that is wrong with it.
     """
-    document = read_document(text, is_json=is_json(text), folder=folder, source=APPLIED)
+    document = read_applied(text, is_json=is_json(text), folder=folder)
     return supposed(document, text, is_json=is_json(text))
 
 

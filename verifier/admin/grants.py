@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from common.errors import NotFound, Reason
-from verifier.admin.filed import DocumentLibrary, Filed, filed
+from verifier.admin.filed import Filed, filed
 from verifier.appraisal.authority import reason_against
 from verifier.launches import ledger
 from verifier.launches.timekeeper import Timekeeper

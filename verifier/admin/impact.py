@@ -6,11 +6,12 @@ import asyncio
 import hashlib
 
 from common.errors import InvalidInput, NotFound, Reason
-from verifier.admin.filed import DocumentLibrary, read_text
+from verifier.admin.filed import read_text
 from verifier.admin.launches import Found, LaunchStore, OwnedLaunch, owned, page_of_rows
 from verifier.admin.paging import Listing, Page, PageRequest
 from verifier.appraisal.revoked import impact
 from verifier.documents.revocation import Revocation
+from verifier.library.validate import DocumentLibrary
 from verifier.store.rows import LaunchFilter
 
 # Launches that one page looks at, so that a revocation that touches nothing holds no call up.

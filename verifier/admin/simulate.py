@@ -37,7 +37,7 @@ from common.errors import (
 from common.sev.certs.verify import VerifiedPlatform
 from common.sev.measurement import FirmwareVersion
 from verifier.admin.cases import Case, Judgement, Supposed, past_case, supposed_case, supposed_row
-from verifier.admin.filed import DocumentLibrary, read_text, supposing
+from verifier.admin.filed import read_text, supposing
 from verifier.appraisal import authority
 from verifier.appraisal.appraise import appraise_launch, appraise_platform, appraise_standing
 from verifier.appraisal.evidence import Finding
@@ -50,6 +50,7 @@ from verifier.launches.steps import require_room, unknown_launch
 from verifier.launches.timekeeper import Timekeeper
 from verifier.library.documents import Documents
 from verifier.library.prepared import Prepared
+from verifier.library.validate import DocumentLibrary
 from verifier.secrets.base import SecretSource
 from verifier.store.rows import LaunchRow, LedgerRow
 

@@ -34,8 +34,14 @@ def duration(text: str) -> timedelta | None:
 class Problems:
     """What is wrong with a document, each with its path."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, confined: bool = False) -> None:
+        """Nothing is wrong yet.
+
+        Args:
+            confined: whether the document may name files in its folder only.
+        """
         self.found: list[str] = []
+        self._confined = confined
 
     def add(self, path: str, message: str) -> None:
         """One more."""
@@ -54,6 +60,9 @@ class Problems:
         if not text or "\0" in text:
             self.add(where, "names no file")
             return folder
+        # Judged by the text: what a link in the folder leads to is the choice of whoever keeps the folder.
+        if self._confined and (text.startswith("/") or ".." in text.split("/")):
+            self.add(where, "must be a path in the folder of documents, as an applied document names no other file")
         return folder / text
 
     def metadata(self, form: MetadataForm) -> None:

@@ -45,7 +45,9 @@ def kind_of(document: Document) -> str:
     return _KIND_OF[type(document)]
 
 
-def read_document(text: bytes, *, is_json: bool, folder: PurePath, source: str) -> Document:
+def read_document(
+    text: bytes, *, is_json: bool, folder: PurePath, source: str, confined: bool = False
+) -> Document:
     """The value that a document's text spells.
 
     Args:
@@ -53,6 +55,7 @@ def read_document(text: bytes, *, is_json: bool, folder: PurePath, source: str) 
         is_json: whether it is JSON; else YAML.
         folder: what relative paths are relative to.
         source: the document's name in messages.
+        confined: whether it may name files in the folder only: no absolute path, no `..`.
 
     Raises:
         InvalidDocument: with every problem that was found.
@@ -60,7 +63,7 @@ def read_document(text: bytes, *, is_json: bool, folder: PurePath, source: str) 
     form = _form(text, is_json=is_json)
     sha256 = hashlib.sha256(text).hexdigest()
     if isinstance(form, WorkloadForm):
-        return read_workload(form, folder=Path(folder), sha256=sha256, source=source)
+        return read_workload(form, folder=Path(folder), sha256=sha256, source=source, confined=confined)
     if isinstance(form, GrantForm):
         return read_grant(form, sha256=sha256, source=source)
     if isinstance(form, PlatformForm):

@@ -41,7 +41,9 @@ _ALLOW_RISKS = {
 _DEFAULT_BITS = PolicyBit.NODBG | PolicyBit.NOKS | PolicyBit.ES | PolicyBit.NOSEND
 
 
-def read_workload(form: WorkloadForm, *, folder: Path, sha256: str, source: str) -> Workload:
+def read_workload(
+    form: WorkloadForm, *, folder: Path, sha256: str, source: str, confined: bool = False
+) -> Workload:
     """The workload that a form describes.
 
     Args:
@@ -49,11 +51,12 @@ def read_workload(form: WorkloadForm, *, folder: Path, sha256: str, source: str)
         folder: what relative paths are relative to.
         sha256: of the document's text, lower-case hex.
         source: the document's name in messages.
+        confined: whether it may name files in the folder only.
 
     Raises:
         InvalidDocument: with every problem that was found.
     """
-    reader = _Reader(form, folder)
+    reader = _Reader(form, folder, Problems(confined=confined))
     workload = reader.workload(sha256=sha256, source=source)
     if reader.problems or workload is None:
         raise InvalidDocument(*reader.problems)
@@ -63,11 +66,11 @@ def read_workload(form: WorkloadForm, *, folder: Path, sha256: str, source: str)
 class _Reader:
     """Reads one form, collecting problems instead of stopping at the first."""
 
-    def __init__(self, form: WorkloadForm, folder: Path) -> None:
+    def __init__(self, form: WorkloadForm, folder: Path, problems: Problems) -> None:
         self._form = form
         self._spec: SpecForm = form.spec
         self._folder = folder
-        self._problems = Problems()
+        self._problems = problems
         self.warnings: list[str] = []
 
     @property

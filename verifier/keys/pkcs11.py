@@ -34,7 +34,7 @@ _ASSOCIATED_SIZE = 1 + KEY_ID_SIZE
 _HEADER_SIZE = _ASSOCIATED_SIZE + _NONCE_SIZE
 WRAPPED_SIZE = _HEADER_SIZE + KEK_SIZE + _TAG_SIZE
 PATIENCE_S = 10.0  # that a token may take to answer
-_HINT = "sev-verifier keygen FILE --pkcs11-module … makes one"
+_HINT = "sev-verifier keygen FILE --config FILE makes one"
 RETRY_S = 2.0  # between two questions to a token that does not
 
 

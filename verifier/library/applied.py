@@ -1,4 +1,9 @@
-"""The documents that the owner applied: rows of the store, each read by itself."""
+"""The documents that the owner applied: rows of the store, each read by itself.
+
+An owner's identity opens the store of documents, not the verifier's disk: such a document names files in the folder of
+documents only, or it could have any file that the verifier can read released to a guest. Links in the folder are
+followed: whoever keeps the folder made them (a mounted Kubernetes volume consists of them), and no call makes one.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from verifier.documents.reader import kind_of, read_document
+from verifier.documents.reader import Document, kind_of, read_document
 from verifier.documents.text import InvalidDocument
 from verifier.library.documents import Entry
 from verifier.store.rows import DocumentRow
@@ -26,6 +31,15 @@ class DocumentRows(Protocol):
         ...
 
 
+def read_applied(text: bytes, *, is_json: bool, folder: Path) -> Document:
+    """The document that a text from an owner spells.
+
+    Raises:
+        InvalidDocument: with everything that is wrong with it, files outside the folder included.
+    """
+    return read_document(text, is_json=is_json, folder=folder, source=APPLIED, confined=True)
+
+
 def read_row(row: DocumentRow, folder: Path) -> Entry:
     """The document in a row, readable or not.
 
@@ -34,7 +48,7 @@ def read_row(row: DocumentRow, folder: Path) -> Entry:
     """
     document, problem = None, None
     try:
-        document = read_document(row.text, is_json=row.is_json, folder=folder, source=APPLIED)
+        document = read_applied(row.text, is_json=row.is_json, folder=folder)
     except InvalidDocument as error:
         problem = error.message
     else:

@@ -6,20 +6,41 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from common.errors import InvalidInput, Reason, WrongState
 from verifier.documents.platform import KnownPlatform
-from verifier.documents.reader import read_document
 from verifier.documents.sources import FileSource, StoredSource
 from verifier.documents.text import InvalidDocument
 from verifier.documents.workload import Workload, version_order
-from verifier.library.applied import APPLIED
+from verifier.library.applied import read_applied
 from verifier.library.artefacts import stamp
 from verifier.library.documents import Documents, Entry, supposed
-from verifier.library.library import Library
+from verifier.library.prepared import Prepared
 from verifier.library.warnings import warnings_for
 
 HasSecret = Callable[[str, int | None], Awaitable[bool]]
+
+
+class DocumentLibrary(Protocol):
+    """What the owner's side asks of `verifier.library.library.Library`."""
+
+    @property
+    def folder(self) -> Path:
+        """What relative paths in applied documents are relative to."""
+        ...
+
+    async def current(self) -> Documents:
+        """What is on file now.
+
+        Raises:
+            Unavailable: the store has no answer.
+        """
+        ...
+
+    async def prepared(self, workload: Workload) -> Prepared:
+        """A workload with its artefacts as they are on disk now."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +58,7 @@ class Checked:
     warnings: tuple[str, ...]
 
 
-async def check_document(library: Library, text: bytes, *, is_json: bool, has_secret: HasSecret) -> Checked:
+async def check_document(library: DocumentLibrary, text: bytes, *, is_json: bool, has_secret: HasSecret) -> Checked:
     """Look at a document that somebody wants to apply.
 
     Args:
@@ -53,7 +74,7 @@ async def check_document(library: Library, text: bytes, *, is_json: bool, has_se
         Unavailable: the store has no answer.
     """
     documents = await library.current()
-    document = read_document(text, is_json=is_json, folder=library.folder, source=APPLIED)
+    document = await asyncio.to_thread(read_applied, text, is_json=is_json, folder=library.folder)
     entry = supposed(document, text, is_json=is_json)
     warnings: list[str] = []
     _require_free(entry, documents)
@@ -78,7 +99,7 @@ def _require_free(entry: Entry, documents: Documents) -> None:
             other.version != entry.version or other.text != entry.text
         ):
             raise _conflict(
-                f"{entry.kind} {entry.name} {other.version} is on file with other content: give it another version"
+                f"{entry.kind} {entry.name} {other.version} is on file with another text: give it another metadata.version"
             )
     if isinstance(entry.document, KnownPlatform):
         for platform in documents.platforms.values():

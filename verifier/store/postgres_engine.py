@@ -1,4 +1,7 @@
-"""The engine for replicas: one PostgreSQL that several processes share, a few threads with a connection each.
+"""The engine for replicas: one PostgreSQL that several processes share.
+
+A process has one thread that writes and a few that read, with a connection each. More writers would only wait for each
+other: every transaction ends with a record in the one audit log, and the log's head is locked until the commit.
 
 What is set in each session, and why:
     isolation READ COMMITTED   each statement sees what was committed before it; what must not move is locked by rows
@@ -34,7 +37,7 @@ CONNECT_TIMEOUT_S = 5
 STATEMENT_TIMEOUT_S = 10.0
 LOCK_TIMEOUT_S = 5.0
 FLUSH_TIMEOUT_S = 600.0
-THREADS = 4  # more would only wait in the database: every transaction appends to one audit log
+READERS = 2
 OLDEST_SERVER = 130000
 _ATTEMPTS = 3
 
@@ -104,16 +107,13 @@ class PostgresEngine:
 
     dialect = "postgres"
 
-    def __init__(
-        self, dsn: str, on_step: Callable[[str], None] = no_step, *, schema: str = "sevattest", threads: int = THREADS
-    ) -> None:
+    def __init__(self, dsn: str, on_step: Callable[[str], None] = no_step, *, schema: str = "sevattest") -> None:
         """Prepare an engine; nothing is connected before `open`.
 
         Args:
             dsn: a libpq connection string or URI. It may hold a password: no error tells anything of it.
             on_step: called before and after each commit, on the thread of the transaction.
             schema: the schema that holds the store's tables.
-            threads: how many transactions run at once.
 
         Raises:
             InvalidInput: the DSN cannot be read, or the schema's name is not usable as it is.
@@ -127,7 +127,8 @@ class PostgresEngine:
             raise InvalidInput(Reason.INVALID_CONFIGURATION, "store: not a PostgreSQL connection string") from None
         self._on_step = on_step
         self._schema = schema
-        self._threads = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="store")
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="store-writer")
+        self._readers = ThreadPoolExecutor(max_workers=READERS, thread_name_prefix="store-reader")
         self._own = threading.local()
         self._guard = threading.Lock()
         self._connections: set[psycopg.Connection[Row]] = set()
@@ -147,13 +148,14 @@ class PostgresEngine:
                 raise _cannot("be reached", error) from None
             self._make_schema(connection)
 
-        await asyncio.get_running_loop().run_in_executor(self._threads, start)
+        await asyncio.get_running_loop().run_in_executor(self._writer, start)
 
     async def close(self) -> None:
         """Let go of the connections and the threads."""
 
         def stop() -> None:
-            self._threads.shutdown(wait=True)
+            self._writer.shutdown(wait=True)
+            self._readers.shutdown(wait=True)
             for connection in tuple(self._connections):
                 self._drop(connection)
 
@@ -165,7 +167,7 @@ class PostgresEngine:
         def attempt(connection: psycopg.Connection[Row]) -> T:
             return work(PostgresTransaction(connection, self._schema))
 
-        return await self._run("be read", attempt)
+        return await self._run(self._readers, "be read", attempt)
 
     async def write(self, name: str, work: Callable[[Transaction], T]) -> T:
         """See `Engine`."""
@@ -182,7 +184,7 @@ class PostgresEngine:
             self._on_step(f"{name}:after-commit")
             return result
 
-        return await self._run("be written", attempt)
+        return await self._run(self._writer, "be written", attempt)
 
     async def flush(self) -> None:
         """Vacuum what had something erased.
@@ -198,12 +200,12 @@ class PostgresEngine:
                 if not connection.closed:
                     connection.execute(f"SET statement_timeout = {_milliseconds(STATEMENT_TIMEOUT_S)}".encode())
 
-        await self._run("be vacuumed", attempt)
+        await self._run(self._readers, "be vacuumed", attempt)
 
     # The threads' half.
 
-    async def _run(self, doing: str, attempt: Callable[[psycopg.Connection[Row]], T]) -> T:
-        """Run `attempt` on one of the threads, again where it was broken off and did not commit."""
+    async def _run(self, threads: ThreadPoolExecutor, doing: str, attempt: Callable[[psycopg.Connection[Row]], T]) -> T:
+        """Run `attempt` on one of some threads, again where it was broken off and did not commit."""
 
         def run() -> T:
             for left in reversed(range(_ATTEMPTS)):
@@ -224,7 +226,7 @@ class PostgresEngine:
                     raise _cannot(doing, error) from error
             raise AssertionError  # the last attempt returns or raises
 
-        return await asyncio.get_running_loop().run_in_executor(self._threads, run)
+        return await asyncio.get_running_loop().run_in_executor(threads, run)
 
     def _connected(self) -> psycopg.Connection[Row]:
         connection: psycopg.Connection[Row] | None = getattr(self._own, "connection", None)
