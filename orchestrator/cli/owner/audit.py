@@ -28,7 +28,7 @@ _BATCH = 1000  # records that are verified at once, so that a log of any length 
 
 def add_list(parser: argparse.ArgumentParser) -> None:
     """The command line of `audit list`."""
-    parser.add_argument("--launch", type=_uuid, default="", metavar="ID", help="only records of this launch")
+    parser.add_argument("--launch", type=_uuid, metavar="ID", help="only records of this launch")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
 
 
@@ -42,7 +42,7 @@ def run_list(args: argparse.Namespace) -> int:
     """Print records as they come."""
 
     async def work(admin: VerifierAdmin) -> int:
-        async for record in admin.records(args.launch):
+        async for record in admin.records(args.launch or ""):
             if args.json:
                 print(json.dumps(_as_object(record), ensure_ascii=False))
             else:
@@ -75,6 +75,13 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--since-checkpoint", metavar="FILE", help="a checkpoint that was kept: what was signed then is not read again"
     )
+    parser.add_argument(
+        "--checkpoint",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a checkpoint that was kept and must still hold",
+    )
     parser.add_argument("--keep", type=Path, metavar="FILE", help="keep the newest checkpoint there, for the next time")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
 
@@ -85,14 +92,15 @@ def run_verify(args: argparse.Namespace) -> int:
     from common.audit.jws import read_key_set
 
     pinned = None if args.jwks is None else read_key_set(read(args.jwks, _KEYS_MAX))
-    kept = None if args.since_checkpoint is None else read(args.since_checkpoint, _TOKEN_MAX).decode("ascii").strip()
+    kept = [read(name, _TOKEN_MAX).strip() for name in args.checkpoint]
+    since = None if args.since_checkpoint is None else read(args.since_checkpoint, _TOKEN_MAX).strip()
 
     async def work(admin: VerifierAdmin) -> int:
         keys = read_key_set((await admin.jwks()).encode()) if pinned is None else pinned
         # Before the records, which only become more.
         tokens = await admin.checkpoints()
-        signed = verify_checkpoints([*tokens, *([] if kept is None else [kept])], keys)
-        start = None if kept is None else read_checkpoint(kept, keys).head
+        signed = verify_checkpoints([*tokens, *kept, *([] if since is None else [since])], keys)
+        start = None if since is None else read_checkpoint(since, keys).head
         head = await _verified(admin, signed, start)
         covered = signed[-1].head.number if signed else 0
         if args.keep is not None and tokens:
@@ -128,7 +136,14 @@ async def _verified(admin: VerifierAdmin, signed: Sequence[SignedHead], start: H
 def _link(record: AuditRecord) -> Link:
     from common.audit.chain import Link
 
-    return Link(number=record.number, hash=bytes.fromhex(record.hash), fields=json.loads(record.json))
+    try:
+        fields = json.loads(record.json)
+    except ValueError:
+        fields = {}
+    # What is no JSON has no hash that fits.
+    return Link(
+        number=record.number, hash=bytes.fromhex(record.hash), fields=fields if isinstance(fields, dict) else {}
+    )
 
 
 def _say_verified(args: argparse.Namespace, head: Head, checkpoints: int, covered: int, start: Head | None) -> None:
