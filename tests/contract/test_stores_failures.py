@@ -200,8 +200,8 @@ def end_sessions(server: Server, name: str) -> None:
 
 
 async def test_a_deadlock_is_tried_again(shared: Callable[..., PostgresStore]) -> None:
-    store = shared()
-    await store.open()
+    stores = shared(), shared()
+    await asyncio.gather(*(each.open() for each in stores))
     both = threading.Barrier(2)
     tries: list[str] = []
 
@@ -215,9 +215,10 @@ async def test_a_deadlock_is_tried_again(shared: Callable[..., PostgresStore]) -
 
         return run
 
-    await asyncio.gather(store._engine.write("one", work("x", "y")), store._engine.write("two", work("y", "x")))
+    one, two = (each._engine for each in stores)
+    await asyncio.gather(one.write("one", work("x", "y")), two.write("two", work("y", "x")))
     assert sorted(tries) in (["x", "x", "y"], ["x", "y", "y"])
-    await store.close()
+    await asyncio.gather(*(each.close() for each in stores))
 
 
 async def test_a_lock_that_somebody_keeps_is_an_outage_that_passes(

@@ -21,7 +21,7 @@ class PostgresStore(SqlStore):
             dsn: a libpq connection string or URI; no error tells anything of it.
             on_step: called before and after each commit.
             schema: the schema in the database that holds the store's tables; made where it is not there.
-            threads: how many transactions run at once, each on a connection of its own.
+            threads: how many there are, with a connection each: one writes, the others read.
 
         Raises:
             InvalidInput: the DSN cannot be read, the schema's name is not usable, or the extra is not installed.

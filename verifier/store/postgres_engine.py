@@ -37,7 +37,7 @@ CONNECT_TIMEOUT_S = 5
 STATEMENT_TIMEOUT_S = 10.0
 LOCK_TIMEOUT_S = 5.0
 FLUSH_TIMEOUT_S = 600.0
-READERS = 2
+THREADS = 4
 OLDEST_SERVER = 130000
 _ATTEMPTS = 3
 
@@ -107,13 +107,16 @@ class PostgresEngine:
 
     dialect = "postgres"
 
-    def __init__(self, dsn: str, on_step: Callable[[str], None] = no_step, *, schema: str = "sevattest") -> None:
+    def __init__(
+        self, dsn: str, on_step: Callable[[str], None] = no_step, *, schema: str = "sevattest", threads: int = THREADS
+    ) -> None:
         """Prepare an engine; nothing is connected before `open`.
 
         Args:
             dsn: a libpq connection string or URI. It may hold a password: no error tells anything of it.
             on_step: called before and after each commit, on the thread of the transaction.
             schema: the schema that holds the store's tables.
+            threads: how many there are, with a connection each: one writes, the others read; a single one does both.
 
         Raises:
             InvalidInput: the DSN cannot be read, or the schema's name is not usable as it is.
@@ -128,7 +131,11 @@ class PostgresEngine:
         self._on_step = on_step
         self._schema = schema
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="store-writer")
-        self._readers = ThreadPoolExecutor(max_workers=READERS, thread_name_prefix="store-reader")
+        self._readers = (
+            ThreadPoolExecutor(max_workers=threads - 1, thread_name_prefix="store-reader")
+            if threads > 1
+            else self._writer
+        )
         self._own = threading.local()
         self._guard = threading.Lock()
         self._connections: set[psycopg.Connection[Row]] = set()
