@@ -13,13 +13,14 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from common.errors import NotFound, Reason, WrongState
-from verifier.admin.filed import DocumentLibrary, Filed, Kind, filed, is_json, read_text, supposing
+from verifier.admin.filed import Filed, Kind, filed, is_json, read_text
 from verifier.admin.paging import Listing, Page, PageRequest
 from verifier.admin.requests import AdminMethod, Asked, Draft, Journal, KeptRequests
 from verifier.documents.workload import version_order
 from verifier.launches.records import AuditEvent
 from verifier.library.documents import Entry
-from verifier.store.rows import AdminRequest, AuditRow, DocumentRow, Outcome
+from verifier.library.validate import DocumentLibrary, check_document
+from verifier.store.rows import AdminRequest, AuditRow, DocumentRow, Outcome, StoredSecret
 
 # Bytes of JSON in one page, so that an answer fits into a message (common.rpc.MAX_ADMIN_MESSAGE) whatever its size.
 PAGE_BYTES = 256 * 1024
@@ -53,6 +54,10 @@ class DocumentStore(KeptRequests, Protocol):
         """Remove all versions of a document."""
         ...
 
+    async def secret(self, name: str, version: int | None) -> StoredSecret | None:
+        """One version of a secret, or the newest."""
+        ...
+
 
 class DocumentDesk:
     """Takes documents in, shows them, takes them out."""
@@ -82,10 +87,7 @@ class DocumentDesk:
         draft = self._journal.draft(asked, AdminMethod.APPLY, text)
         if (earlier := await self._journal.answered(draft)) is not None:
             return await self._applied_before(text, changed=bool(earlier["changed"]))
-        document = await self._read(text)
-        known = await self._known(document)
-        _require_no_conflict(document, known)
-        await self._require_no_clash(text)
+        document = await self._checked(text)
         now = await self._journal.now()
         audit = self._journal.row(
             AuditEvent.DOCUMENT_APPLIED,
@@ -104,12 +106,10 @@ class DocumentDesk:
             is_json=is_json(text),
             apply_time=now,
         )
-        same = _same_version(document, known)
-        return await self._kept(document, same, row, draft, audit)
+        return await self._kept(document, row, draft, audit)
 
-    async def _kept(
-        self, document: Filed, same: Filed | None, row: DocumentRow, draft: Draft, audit: AuditRow
-    ) -> Applied:
+    async def _kept(self, document: Filed, row: DocumentRow, draft: Draft, audit: AuditRow) -> Applied:
+        same = await self._on_file(document)
         outcome = await self._store.apply_document(row, draft.answering(changed=same is None), audit)
         if outcome is Outcome.CONFLICT:
             # Somebody applied another text under this version at the same time.
@@ -119,13 +119,15 @@ class DocumentDesk:
             return await self._applied_before(row.text, changed=bool(answer["changed"]))
         if outcome is Outcome.DONE:
             self._journal.stored(audit)
+            # Looked at again at once: what has to be found out about it (chips that are known by their ids) is, now.
+            await self._library.current()
             return Applied(document=replace(document, apply_time=row.apply_time), changed=True)
         return Applied(document=same or document, changed=False)
 
     async def _applied_before(self, text: bytes, *, changed: bool) -> Applied:
         """The answer to a request that was carried out: the document may be withdrawn or its files gone by now."""
-        document = await self._read(text)
-        return Applied(document=_same_version(document, await self._known(document)) or document, changed=changed)
+        document = filed(await asyncio.to_thread(read_text, text, self._library.folder))
+        return Applied(document=await self._on_file(document) or document, changed=changed)
 
     async def check(self, text: bytes) -> Applied:
         """What `apply` would do with a text; nothing is changed.
@@ -136,15 +138,13 @@ class DocumentDesk:
             InvalidInput: the document is bad, with everything that is wrong with it.
             Unavailable: the store has no answer.
         """
-        document = await self._read(text)
-        known = await self._known(document)
         try:
-            _require_no_conflict(document, known)
-            await self._require_no_clash(text)
+            document = await self._checked(text)
         except WrongState as error:
+            document = filed(await asyncio.to_thread(read_text, text, self._library.folder))
             warned = replace(document, warnings=(error.message, *document.warnings))
             return Applied(document=warned, changed=False)
-        same = _same_version(document, known)
+        same = await self._on_file(document)
         return Applied(document=same or document, changed=same is None)
 
     async def delete(self, asked: Asked, kind: Kind, name: str) -> None:
@@ -217,20 +217,26 @@ class DocumentDesk:
         last = f"{items[-1].name}{_CURSOR_SEPARATOR}{items[-1].version}" if more else ""
         return Page(items=items, next_token=listing.token(last) if more else "")
 
-    async def _read(self, text: bytes) -> Filed:
-        return filed(await asyncio.to_thread(read_text, text, self._library.folder))
+    async def _checked(self, text: bytes) -> Filed:
+        """The document that a text spells, with all that can be said of it beside what is on file."""
+        checked = await check_document(self._library, text, is_json=is_json(text), has_secret=self._has_secret)
+        return replace(filed(checked.entry), warnings=checked.warnings)
 
-    async def _require_no_clash(self, text: bytes) -> None:
-        """Refuse a document that is good by itself and not beside the others."""
-        supposing(await self._library.current(), [await asyncio.to_thread(read_text, text, self._library.folder)])
+    async def _has_secret(self, name: str, version: int | None) -> bool:
+        return await self._store.secret(name, version) is not None
 
-    async def _known(self, document: Filed) -> Sequence[Filed]:
-        return await self._versions(document.kind, document.name)
+    async def _on_file(self, document: Filed) -> Filed | None:
+        """The same text as it is on file, with the warnings of now; None where it is not."""
+        for each in await self._versions(document.kind, document.name):
+            if each.order == document.order and each.sha256 == document.sha256:
+                return replace(each, warnings=document.warnings or each.warnings)
+        return None
 
     async def _versions(self, kind: Kind, name: str) -> Sequence[Filed]:
         """All versions of one document, the newest first."""
-        entries = (await self._library.current()).versions(kind.value, name)
-        return await asyncio.to_thread(lambda: [filed(each) for each in entries])
+        documents = await self._library.current()
+        entries = documents.versions(kind.value, name)
+        return await asyncio.to_thread(lambda: [filed(each, documents) for each in entries])
 
 
 def _order(entry: Entry) -> tuple[tuple[int, int, str], ...]:
@@ -248,23 +254,6 @@ def _written_out(entries: Sequence[Entry]) -> Sequence[Filed]:
             break
         items.append(item)
     return items
-
-
-def _same_version(document: Filed, known: Sequence[Filed]) -> Filed | None:
-    return next((each for each in known if each.order == document.order and each.sha256 == document.sha256), None)
-
-
-def _require_no_conflict(document: Filed, known: Sequence[Filed]) -> None:
-    """Refuse what the store or the folder has otherwise.
-
-    Raises:
-        WrongState: DOCUMENT_CONFLICT.
-    """
-    for each in known:
-        if each.file:
-            raise _conflict(document, f"in the file {each.file}: change it there and reload the verifier")
-        if each.order == document.order and each.sha256 != document.sha256:
-            raise _conflict(document, "with another text: give the new text a new metadata.version")
 
 
 def _conflict(document: Filed, how: str) -> WrongState:

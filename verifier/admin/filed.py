@@ -1,4 +1,4 @@
-"""Documents as their owner sees them: every version, where it is from, written out, with what deserves a second look."""
+"""Documents as their owner sees them: every version, where it is from, written out, and what deserves a second look."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ from verifier.admin.filed import Filed, filed
 from verifier.appraisal.authority import reason_against
 from verifier.launches import ledger
 from verifier.launches.timekeeper import Timekeeper
+from verifier.library.validate import DocumentLibrary
 from verifier.store.rows import LedgerRow
 
 
@@ -61,5 +62,5 @@ class GrantDesk:
             return GrantStatus(document=None, spent=spent, reason=Reason.NOT_FOUND)
         now = await self._time.now()
         reason = reason_against(grant, now) or ledger.reason_against(spent, grant, now)
-        document = filed(snapshot.versions("Grant", name)[0])
+        document = filed(snapshot.versions("Grant", name)[0], snapshot)
         return GrantStatus(document=document, spent=spent, reason=reason)

@@ -45,9 +45,7 @@ def kind_of(document: Document) -> str:
     return _KIND_OF[type(document)]
 
 
-def read_document(
-    text: bytes, *, is_json: bool, folder: PurePath, source: str, confined: bool = False
-) -> Document:
+def read_document(text: bytes, *, is_json: bool, folder: PurePath, source: str, confined: bool = False) -> Document:
     """The value that a document's text spells.
 
     Args:

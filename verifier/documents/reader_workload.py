@@ -41,9 +41,7 @@ _ALLOW_RISKS = {
 _DEFAULT_BITS = PolicyBit.NODBG | PolicyBit.NOKS | PolicyBit.ES | PolicyBit.NOSEND
 
 
-def read_workload(
-    form: WorkloadForm, *, folder: Path, sha256: str, source: str, confined: bool = False
-) -> Workload:
+def read_workload(form: WorkloadForm, *, folder: Path, sha256: str, source: str, confined: bool = False) -> Workload:
     """The workload that a form describes.
 
     Args:

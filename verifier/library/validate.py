@@ -99,7 +99,8 @@ def _require_free(entry: Entry, documents: Documents) -> None:
             other.version != entry.version or other.text != entry.text
         ):
             raise _conflict(
-                f"{entry.kind} {entry.name} {other.version} is on file with another text: give it another metadata.version"
+                f"{entry.kind} {entry.name} {other.version} is on file with another text: "
+                "give it another metadata.version"
             )
     if isinstance(entry.document, KnownPlatform):
         for platform in documents.platforms.values():

@@ -25,6 +25,9 @@ def _workload(workload: Workload, documents: Documents) -> Iterator[str]:
     yield from workload.warnings
     if not workload.callers and all(grant.workload != workload.name for grant in documents.grants.values()):
         yield "spec.callers: names nobody, and no grant is for this workload: nobody can launch it"
+    for name, grant in sorted(documents.grants.items()):
+        if grant.workload == workload.name and (both := workload.callers & grant.callers):
+            yield f"spec.callers: {_some(both)} may launch it without a grant, so grant {name} is no limit there"
 
 
 def _grant(grant: Grant, documents: Documents) -> Iterator[str]:
@@ -33,6 +36,8 @@ def _grant(grant: Grant, documents: Documents) -> Iterator[str]:
         yield f"spec.workload: there is no workload {grant.workload}"
     elif grant.workload_versions is not None and not among(versions[0].version, grant.workload_versions):
         yield f"spec.versions: {versions[0].version} is in force, and not among them"
+    if versions is not None and (both := versions[0].callers & grant.callers):
+        yield f"spec.callers: {_some(both)} may launch {grant.workload} without a grant, so this one is no limit there"
     if grant.suspended:
         yield "spec.suspended: nothing is begun or released under this grant"
     if grant.at_once > grant.launches:
@@ -52,6 +57,12 @@ def _revocation(revocation: Revocation, documents: Documents) -> Iterator[str]:
     for index, revoked in enumerate(revocation.workloads):
         if revoked.name not in documents.workloads:
             yield f"spec.workloads[{index}].name: there is no workload {revoked.name}"
+
+
+def _some(names: frozenset[str]) -> str:
+    """The first of some names, and how many there are beside it."""
+    more = len(names) - 1
+    return min(names) + (f" (and {more} more)" if more else "")
 
 
 _WARN: Mapping[str, Callable[[Any, Documents], Iterator[str]]] = MappingProxyType(

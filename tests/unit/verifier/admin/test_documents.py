@@ -12,7 +12,7 @@ import yaml
 
 from common.errors import InvalidInput, NotFound, Reason, WrongState
 from tests.support.desk import refused
-from tests.support.documents import STRANGER, grant, platform, revocation, workload
+from tests.support.documents import CALLER, SECRET_GUID, STRANGER, grant, platform, revocation, workload
 from tests.support.owner_site import OTHER_OWNER, OwnerSite, asked, text
 from verifier.admin.filed import Kind
 from verifier.admin.paging import PageRequest
@@ -248,6 +248,48 @@ async def test_a_page_of_large_documents_is_cut_to_what_an_answer_can_carry(site
     assert [each.name for each in first.items] == ["a"]
     rest = await site.owner.documents.list(Kind.REVOCATION, PageRequest(size=100, token=first.next_token))
     assert [each.name for each in rest.items] == ["b"]
+
+
+async def test_a_document_that_names_a_file_outside_the_folder_is_not_kept(site: OwnerSite) -> None:
+    revision = await site.desk.store.revision()
+    for path in (str(site.desk.folder / "kek.bin"), "../kek.bin"):
+        bad = workload("shop", secrets=[{"guid": str(SECRET_GUID), "source": {"file": path}}])
+        for step in (site.apply(bad), site.owner.documents.check(text(bad))):
+            error = await refused(step)
+            assert isinstance(error, InvalidInput)
+            assert "spec.secrets[0].source.file" in error.message
+    assert await site.desk.store.revision() == revision
+    good = workload("shop", secrets=[{"guid": str(SECRET_GUID), "source": {"file": "secret"}}])
+    assert (await site.apply(good)).changed
+
+
+async def test_a_workload_whose_artefacts_cannot_be_measured_is_not_kept(site: OwnerSite) -> None:
+    gone = workload("shop", measure={**workload()["spec"]["measure"], "kernel": "gone"})
+    for step in (site.apply(gone), site.owner.documents.check(text(gone))):
+        assert "spec.measure: " in (await refused(step)).message
+    (site.desk.documents / "gone").write_bytes(b"a kernel")
+    assert (await site.apply(gone)).changed
+
+
+async def test_a_repeat_is_answered_when_the_artefacts_are_gone_by_then(site: OwnerSite) -> None:
+    shop, request_id = workload("shop"), uuid4()
+    first = await site.apply(shop, request_id)
+    (site.desk.documents / "kernel").unlink()
+    assert await site.apply(shop, request_id) == first
+    assert isinstance(await refused(site.apply(shop)), InvalidInput)
+
+
+async def test_warnings_are_about_what_else_is_on_file(site: OwnerSite) -> None:
+    nowhere = (await site.apply(grant("lost", workload="none"))).document
+    assert nowhere.warnings == ("spec.workload: there is no workload none",)
+    assert (await site.owner.documents.get(Kind.GRANT, "lost", None)).warnings == nowhere.warnings
+    both = (await site.apply(grant("both", callers=[CALLER, STRANGER]))).document
+    assert [each.partition(": ")[0] for each in both.warnings] == ["spec.callers"]
+    assert "is no limit there" in both.warnings[0]
+    assert (await site.apply(grant("good"))).document.warnings == ()
+    missing = workload("shop", secrets=[{"guid": str(SECRET_GUID), "source": {"stored": "disk"}}])
+    checked = (await site.owner.documents.check(text(missing))).document
+    assert "spec.secrets[0].source.stored: there is no secret disk" in checked.warnings
 
 
 async def test_warnings_come_with_the_document(site: OwnerSite) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import pytest
 
 from common.errors import InvalidInput, Reason
-from tests.support.documents import CHIP, grant, platform, revocation, row, workload
+from tests.support.documents import CHIP, SECRET_GUID, grant, platform, revocation, row, workload
+from verifier.documents.reader import read_document
+from verifier.documents.sources import FileSource
 from verifier.library.applied import read_row
 from verifier.library.documents import Documents, Entry, snapshot
 from verifier.store.rows import DocumentRow
@@ -121,6 +124,30 @@ def test_a_row_that_holds_another_document_than_it_says_is_unreadable() -> None:
     ):
         assert read_row(changed, FOLDER).document is None
     assert read_row(good, FOLDER).document is not None
+
+
+def naming(path: str) -> dict[str, Any]:
+    """Applied when this verifier, or an older one, did not look at what it names."""
+    return workload(secrets=[{"guid": str(SECRET_GUID), "source": {"file": path}}])
+
+
+@pytest.mark.parametrize("path", ["/owner/secret", "/etc/passwd", "../kek.bin", "web/../../kek.bin", "web/..", ".."])
+def test_an_applied_document_that_names_a_file_outside_the_folder_is_unusable(path: str) -> None:
+    documents = of(entry(naming(path)))
+    assert stopped(lambda: documents.workload("web"))
+    assert "spec.secrets[0].source.file: must be a path in the folder" in documents.unusable["Workload", "web"]
+    # A file of the owner's own may name any other.
+    text = json.dumps(naming(path)).encode()
+    assert read_document(text, is_json=True, folder=FOLDER, source="web.json").name == "web"
+
+
+@pytest.mark.parametrize("path", ["secret", "web/secret", "./secret", "..data/secret", "secret.."])
+def test_an_applied_document_may_name_files_in_the_folder(path: str) -> None:
+    found = of(entry(naming(path))).workload("web")
+    assert found is not None
+    [secret] = found.secrets
+    assert isinstance(secret.source, FileSource)
+    assert Path(secret.source.path) == FOLDER / path
 
 
 def test_a_supposed_document_takes_the_place_of_its_name_alone() -> None:

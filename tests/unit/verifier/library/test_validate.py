@@ -12,6 +12,7 @@ from common.errors import Reason, WrongState
 from tests.support.documents import (
     CALLER,
     SECRET_GUID,
+    STRANGER,
     AppliedDocuments,
     grant,
     platform,
@@ -80,6 +81,27 @@ async def test_every_problem_is_told(owner: Owner) -> None:
     assert len(caught.value.problems) == 2
 
 
+async def test_files_outside_the_folder_are_problems_each_with_its_path(owner: Owner) -> None:
+    measure = {**milan()["spec"]["measure"], "firmware": "/boot/ovmf.fd", "kernel": "../kernel", "initrd": "a/../b"}
+    secrets = [{"guid": str(SECRET_GUID), "source": {"file": str(owner.folder / "secret")}}]
+    with pytest.raises(InvalidDocument) as caught:
+        await owner.check(milan(measure=measure, secrets=secrets))
+    assert [each.partition(": ")[0] for each in caught.value.problems] == [
+        "spec.measure.firmware",
+        "spec.measure.kernel",
+        "spec.measure.initrd",
+        "spec.secrets[0].source.file",
+    ]
+    assert all("must be a path in the folder of documents" in each for each in caught.value.problems)
+
+
+async def test_what_a_link_in_the_folder_leads_to_is_whoever_keeps_the_folder(owner: Owner, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").write_bytes(b"x")
+    (owner.folder / "link").symlink_to(tmp_path / "elsewhere")
+    secrets = [{"guid": str(SECRET_GUID), "source": {"file": "link"}}]
+    assert await owner.warnings(milan(secrets=secrets)) == ()
+
+
 async def test_artefacts_that_cannot_be_measured_are_a_problem(owner: Owner) -> None:
     (owner.folder / "kernel").unlink()
     with pytest.raises(InvalidDocument, match=r"spec.measure: .*kernel: no such file"):
@@ -96,8 +118,8 @@ async def test_what_is_in_the_folder_is_changed_there(owner: Owner) -> None:
 
 async def test_a_version_is_kept_once(owner: Owner) -> None:
     owner.rows.apply(grant("fleet", "1.0"))
-    assert "on file with other content" in await owner.conflict(grant("fleet", "1.0", launches=11))
-    assert "on file with other content" in await owner.conflict(grant("fleet", "1.00"))
+    assert "on file with another text" in await owner.conflict(grant("fleet", "1.0", launches=11))
+    assert "on file with another text" in await owner.conflict(grant("fleet", "1.00"))
     assert (await owner.check(grant("fleet", "1.0"))).entry.version == "1.0"
     assert (await owner.check(grant("fleet", "1.1", launches=11))).entry.version == "1.1"
 
@@ -143,6 +165,19 @@ async def test_a_workload_that_nobody_can_launch_is_a_warning(owner: Owner) -> N
     owner.rows.apply(grant())
     assert not any("nobody can launch it" in each for each in await owner.warnings(nobody))
     assert await owner.warnings(milan(callers=[CALLER])) == ()
+
+
+async def test_a_grant_for_a_caller_that_needs_none_is_a_warning_on_both_sides(owner: Owner) -> None:
+    third = "spiffe://datacenter.example/orchestrator/third"
+    owner.rows.apply(milan(callers=[CALLER, third]), grant("mine", callers=[CALLER, STRANGER]))
+    assert await owner.warnings(grant("all", callers=[CALLER, STRANGER, third])) == (
+        f"spec.callers: {CALLER} (and 1 more) may launch web without a grant, so this one is no limit there",
+    )
+    assert await owner.warnings(milan("web", "2", callers=[CALLER])) == (
+        f"spec.callers: {CALLER} may launch it without a grant, so grant mine is no limit there",
+    )
+    assert await owner.warnings(grant("all", callers=[STRANGER])) == ()
+    assert await owner.warnings(milan("web", "2", callers=[third])) == ()
 
 
 async def test_secrets_that_are_not_there_are_warnings(owner: Owner) -> None:
