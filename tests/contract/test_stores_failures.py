@@ -323,6 +323,21 @@ async def test_a_transaction_that_the_server_turned_into_a_rollback_is_not_taken
     await store.close()
 
 
+async def test_one_connection_reads_and_writes(postgres_server: Server, postgres_schema: str) -> None:
+    store = PostgresStore(
+        f"{postgres_server.dsn} application_name={postgres_schema}", schema=postgres_schema, threads=1
+    )
+    await store.open()
+    new = opening()
+    outcome, _, _ = await asyncio.gather(store.open_launch(new), store.head(), store.flush_erased())
+    assert outcome is Outcome.DONE
+    assert await store.launch(new.launch.launch_id) == new.launch
+    sessions = f"SELECT count(*) FROM pg_stat_activity WHERE application_name='{postgres_schema}'"  # noqa: S608 -- the test's
+    assert postgres_server.sql(sessions) == "1"
+    await store.close()
+    await until(lambda: postgres_server.sql(sessions) == "0")
+
+
 # What is no place for a store.
 
 
