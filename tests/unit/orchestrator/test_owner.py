@@ -1,0 +1,137 @@
+"""`sevattest owner` where answers get lost: what is repeated, with which id, and how it ends."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.support.documents import grant, revocation
+from tests.support.local_admin import LocalAdmin, local_admin
+from tests.support.owner_site import text
+
+
+@pytest.fixture
+def admin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> LocalAdmin:
+    return local_admin(tmp_path / "desk", monkeypatch, capsys)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "grant.json"
+    path.write_bytes(text(grant()))
+    return path
+
+
+def ids(admin: LocalAdmin, method: str) -> list[str]:
+    return [request.request_id for called, request in admin.faults.requests if called == method]
+
+
+def test_a_lost_answer_is_asked_for_again_under_the_same_id(admin: LocalAdmin, file: Path) -> None:
+    admin.faults.script["ApplyDocument"] = ["after"] * 2
+    said = admin.run("apply", "-f", file)
+    assert (said.out, said.code) == ("grant fleet 1: applied\n", 0)
+    assert len(ids(admin, "ApplyDocument")) == 3
+    assert len(set(ids(admin, "ApplyDocument"))) == 1
+
+
+def test_the_same_file_twice_on_purpose_is_two_requests(admin: LocalAdmin, file: Path) -> None:
+    assert [admin.run("apply", "-f", file).out for _ in range(2)] == [
+        "grant fleet 1: applied\n",
+        "grant fleet 1: unchanged\n",
+    ]
+    assert len(set(ids(admin, "ApplyDocument"))) == 2
+
+
+def test_a_secret_whose_answer_is_lost_gets_one_version(admin: LocalAdmin, tmp_path: Path) -> None:
+    value = tmp_path / "secret"
+    value.write_bytes(b"value")
+    admin.faults.script["PutSecret"] = ["after"] * 1
+    assert admin.run("secret", "put", "disk", "--file", value).out == "secret disk: version 1, 5 bytes\n"
+    assert admin.run("secret", "put", "disk", "--file", value).out == "secret disk: version 2, 5 bytes\n"
+
+
+def test_a_delete_whose_answer_is_lost_is_no_error(admin: LocalAdmin, file: Path) -> None:
+    admin.run("apply", "-f", file)
+    admin.faults.script["DeleteDocument"] = ["after"] * 1
+    assert admin.run("delete", "grant", "fleet").out == "grant fleet: deleted\n"
+    again = admin.run("delete", "grant", "fleet")
+    assert (again.err, again.code) == ("sevattest: there is no Grant fleet\n", 2)
+
+
+def test_an_outcome_that_stays_unknown_ends_with_4_and_says_where_to_look(admin: LocalAdmin, file: Path) -> None:
+    admin.faults.script["ApplyDocument"] = ["after"] * 100
+    said = admin.run("apply", "-f", file)
+    assert (said.out, said.code) == ("", 4)
+    assert "hint: look with sevattest owner get" in said.err
+    assert len(set(ids(admin, "ApplyDocument"))) == 1
+    admin.faults.script.clear()
+    assert admin.run("apply", "-f", file).out == "grant fleet 1: unchanged\n"
+
+
+def test_what_was_never_reached_after_a_lost_answer_is_still_unknown(admin: LocalAdmin, file: Path) -> None:
+    admin.faults.script["ApplyDocument"] = ["after", *["unreachable"] * 100]
+    assert admin.run("apply", "-f", file).code == 4
+    assert len(ids(admin, "ApplyDocument")) == 1
+    admin.faults.script["ApplyDocument"] = ["after", "unreachable"]
+    assert admin.run("apply", "-f", file).out == "grant fleet 1: unchanged\n"
+
+
+def test_a_verifier_that_is_not_there_is_said_at_once(admin: LocalAdmin, file: Path) -> None:
+    admin.faults.script["ApplyDocument"] = ["unreachable"] * 1
+    said = admin.run("apply", "-f", file)
+    assert (said.out, said.code) == ("", 3)
+    assert said.err.startswith(f"sevattest: {file}: the service cannot be reached")
+    assert ids(admin, "ApplyDocument") == []
+
+
+def test_a_question_is_not_repeated(admin: LocalAdmin) -> None:
+    admin.faults.script["ListDocuments"] = ["before"] * 1
+    assert admin.run("get", "grant").code == 3
+    assert len(admin.faults.requests) == 1
+
+
+def test_an_error_names_the_file_that_it_is_about(admin: LocalAdmin, file: Path) -> None:
+    bad = file.with_name("bad.json")
+    bad.write_bytes(text(grant(launches=0)))
+    said = admin.run("apply", "-f", bad)
+    assert said.code == 2
+    assert said.err.startswith(f"sevattest: {bad}: ")
+
+
+def test_every_page_is_read(admin: LocalAdmin, tmp_path: Path) -> None:
+    files = []
+    for number in range(3):
+        path = tmp_path / f"{number}.json"
+        path.write_bytes(text(revocation(f"r-{number}", ceks=[f"{n:064x}" for n in range(3000)])))
+        files.append(path)
+    assert admin.run("apply", "-f", *files).code == 0
+    names = [each["metadata"]["name"] for each in json.loads(admin.run("get", "revocations", "--json").out)]
+    assert names == ["r-0", "r-1", "r-2"]
+    assert [called for called, _ in admin.faults.requests].count("ListDocuments") == 3
+
+
+def test_what_moves_a_terminals_cursor_is_not_printed(admin: LocalAdmin, file: Path) -> None:
+    def spoil(answer: object) -> object:
+        answer.document.warnings.append("\x1b[2Jgone\x07")  # type: ignore[attr-defined]
+        return answer
+
+    admin.faults.spoil = {"ApplyDocument": spoil}
+    assert "warning: ?[2Jgone?\n" in admin.run("apply", "-f", file).err
+
+
+def test_several_documents_as_yaml_are_several_documents(admin: LocalAdmin, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        path = tmp_path / "grant.json"
+        path.write_bytes(text(grant(name)))
+        admin.run("apply", "-f", path)
+    shown = list(yaml.safe_load_all(admin.run("get", "grant", "-o", "yaml").out))
+    assert [each["metadata"]["name"] for each in shown] == ["a", "b"]
+
+
+@pytest.mark.parametrize("words", [["get", "grant"], ["keys"], ["audit", "verify"], ["launches", "list"]])
+def test_nobody_is_asked_for_more_than_a_command_needs(admin: LocalAdmin, words: list[str]) -> None:
+    assert admin.run(*words).code == 0
+    assert all(not called.startswith(("Apply", "Delete", "Put")) for called, _ in admin.faults.requests)

@@ -1,0 +1,202 @@
+"""`sevattest owner audit verify` against verifiers that lie about their log: each lie is found and named."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from common.audit.chain import Head
+from common.audit.checkpoint import checkpoint_claims
+from common.audit.jws import CHECKPOINT_TYPE
+from tests.support.documents import grant
+from tests.support.local_admin import LocalAdmin, local_admin
+from tests.support.owner_site import OWNER
+from verifier.keys.signer import Signer
+from verifier.store.rows import Checkpoint
+
+RECORDS = 6
+
+
+@pytest.fixture
+def admin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> LocalAdmin:
+    """A desk whose log has six records and a checkpoint after the fourth."""
+    made = local_admin(tmp_path / "desk", monkeypatch, capsys)
+    asyncio.run(_fill(made))
+    return made
+
+
+async def _fill(admin: LocalAdmin) -> None:
+    async with admin.open() as site:
+        for number in range(RECORDS):
+            await site.apply(grant("fleet", str(number)))
+            if number == 3:
+                await _sign(site, *(await site.desk.store.head()))
+
+
+async def _sign(site: Any, number: int, hash_: bytes) -> str:
+    claims = checkpoint_claims(Head(number=number, hash=hash_), time=site.desk.clock.now(), issuer=OWNER)
+    token: str = site.desk.dependencies.signer.sign(claims, typ=CHECKPOINT_TYPE)
+    await site.desk.store.keep_checkpoint(Checkpoint(number=number, token=token))
+    return token
+
+
+def test_an_honest_log_is_whole(admin: LocalAdmin) -> None:
+    said = admin.run("audit", "verify")
+    assert said.code == 0
+    assert said.out == (
+        "the audit log is whole: records 1 to 6, 1 checkpoints\n"
+        "signed up to record 4; 2 came after the newest checkpoint\n"
+    )
+    assert said.err.startswith("warning: the keys are the verifier's own word")
+
+
+def _changed(records: Any) -> None:
+    members = json.loads(records[1].json)
+    members["caller"] = "spiffe://owner.example/owner/eve"
+    records[1].json = json.dumps(members, separators=(",", ":"), sort_keys=True)
+
+
+def _removed(records: Any) -> None:
+    del records[1]
+
+
+def _renumbered(records: Any) -> None:
+    del records[1]
+    for number, record in enumerate(records, start=1):
+        record.number = number
+
+
+def _swapped(records: Any) -> None:
+    first, second = records[1].json, records[2].json
+    records[1].json, records[2].json = second, first
+
+
+def _moved(records: Any) -> None:
+    records.sort(key=lambda each: -each.number)
+
+
+def _repeated(records: Any) -> None:
+    records.insert(1, records[1])
+
+
+def _cut(records: Any) -> None:
+    del records[3:]
+
+
+def _emptied(records: Any) -> None:
+    del records[:]
+
+
+def _garbled(records: Any) -> None:
+    records[2].json = "}{"
+
+
+def _another_hash(records: Any) -> None:
+    records[5].hash = bytes(32)
+
+
+@pytest.mark.parametrize(
+    ("lie", "number"),
+    [
+        (_changed, 2),
+        (_removed, 2),
+        (_renumbered, 2),
+        (_swapped, 2),
+        (_moved, 1),
+        (_repeated, 2),
+        (_cut, 4),
+        (_emptied, 1),
+        (_garbled, 3),
+        (_another_hash, 6),
+    ],
+)
+def test_a_log_that_was_meddled_with_is_refused_at_the_record(
+    admin: LocalAdmin, lie: Callable[[Any], None], number: int
+) -> None:
+    def spoil(answer: Any) -> Any:
+        records = list(answer.records)
+        lie(records)
+        del answer.records[:]
+        answer.records.extend(records)
+        return answer
+
+    admin.faults.spoil = {"ListAuditRecords": spoil}
+    said = admin.run("audit", "verify")
+    assert (said.out, said.code) == ("", 1)
+    assert said.err.startswith(f"sevattest: audit log: record {number} ")
+
+
+def test_a_log_that_was_cut_together_with_its_checkpoints_is_found_with_a_kept_one(
+    admin: LocalAdmin, tmp_path: Path
+) -> None:
+    kept = tmp_path / "checkpoint"
+    assert admin.run("audit", "verify", "--keep", kept).code == 0
+
+    def cut(answer: Any) -> Any:
+        del answer.records[3:]
+        return answer
+
+    def unsigned(answer: Any) -> Any:
+        del answer.checkpoints[:]
+        return answer
+
+    admin.faults.spoil = {"ListAuditRecords": cut, "ListCheckpoints": unsigned}
+    assert admin.run("audit", "verify").code == 0  # nothing contradicts it
+    found = admin.run("audit", "verify", "--checkpoint", kept)
+    assert found.code == 1
+    assert "record 4 is missing: the log was signed up to record 4" in found.err
+    assert admin.run("audit", "verify", "--since-checkpoint", kept).code == 0  # nothing after it is claimed
+
+
+def test_a_checkpoint_of_another_log_is_refused(admin: LocalAdmin) -> None:
+    async def fork() -> None:
+        async with admin.open() as site:
+            await _sign(site, 5, bytes(32))
+
+    asyncio.run(fork())
+    said = admin.run("audit", "verify")
+    assert said.code == 1
+    assert "record 5 is not the one that was signed" in said.err
+
+
+def test_keys_that_were_kept_find_a_replaced_signer(admin: LocalAdmin, tmp_path: Path) -> None:
+    keys = tmp_path / "jwks.json"
+    keys.write_text(admin.run("keys").out)
+    said = admin.run("audit", "verify", "--jwks", keys)
+    assert (said.code, said.err) == (0, "")
+    keys.write_text(json.dumps(Signer(ec.generate_private_key(ec.SECP256R1())).jwks()))
+    assert admin.run("audit", "verify", "--jwks", keys).code == 1
+    keys.write_text("no keys")
+    assert admin.run("audit", "verify", "--jwks", keys).code == 2
+
+
+def test_what_was_kept_and_is_no_checkpoint_is_bad_input(admin: LocalAdmin, tmp_path: Path) -> None:
+    bad = tmp_path / "checkpoint"
+    for content in (b"", b"a.b.c", b"\xff\xfe", b"x" * 20000):
+        bad.write_bytes(content)
+        for option in ("--checkpoint", "--since-checkpoint"):
+            said = admin.run("audit", "verify", option, bad)
+            assert (said.out, said.code) == ("", 2), content
+            assert "Traceback" not in said.err
+
+
+def test_a_verification_says_what_it_covers_as_json(admin: LocalAdmin) -> None:
+    seen = json.loads(admin.run("audit", "verify", "--json").out)
+    assert {name: seen[name] for name in ("records", "first", "checkpoints", "covered", "pinned")} == {
+        "records": 6,
+        "first": 1,
+        "checkpoints": 1,
+        "covered": 4,
+        "pinned": False,
+    }
+
+
+def test_an_empty_log_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    said = local_admin(tmp_path, monkeypatch, capsys).run("audit", "verify", "--json")
+    assert (json.loads(said.out)["records"], said.code) == (0, 0)
