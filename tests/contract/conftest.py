@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
 
 from tests.support.postgres import Server, own_postgres_server, postgres_schema, postgres_server
 from tests.support.stores import Place
+from verifier.store.postgres import PostgresStore
 from verifier.store.sql_store import SqlStore
 
-__all__ = ["own_postgres_server", "place", "postgres_schema", "postgres_server", "store"]
+__all__ = ["own_postgres_server", "place", "postgres_schema", "postgres_server", "shared", "store"]
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
@@ -30,3 +31,13 @@ async def store(place: Place) -> AsyncIterator[SqlStore]:
     await made.open()
     yield made
     await made.close()
+
+
+@pytest.fixture
+def shared(postgres_server: Server, postgres_schema: str) -> Callable[..., PostgresStore]:
+    """Makes stores over a schema in the server that all tests share."""
+
+    def make(more: str = "", on_step: Callable[[str], None] = lambda _step: None) -> PostgresStore:
+        return PostgresStore(f"{postgres_server.dsn} {more}", on_step, schema=postgres_schema)
+
+    return make
