@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tests.support.kill_table import rows
-from tests.support.postgres import own_postgres_server
+from tests.support.postgres import own_postgres_server, postgres_server
 
-__all__ = ["own_postgres_server"]
+__all__ = ["own_postgres_server", "postgres_server"]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
