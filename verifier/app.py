@@ -12,6 +12,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Callable, Coroutine, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import uuid4
@@ -22,6 +23,7 @@ from common.rpc.server import Limits, Server
 from common.telemetry.log import Log
 from verifier import admin_service, chores, parts, service
 from verifier.admin.desks import owner_desks
+from verifier.appraisal.revoked import join
 from verifier.config import AdminConfig, Config, load_config
 from verifier.keys.base import SealingKey
 from verifier.keys.identities import load_identities
@@ -34,9 +36,12 @@ from verifier.launches.records import Recorder
 from verifier.launches.release import Releaser
 from verifier.launches.reports import ReportVerifier
 from verifier.launches.timekeeper import Timekeeper
+from verifier.library.documents import Documents
 from verifier.library.library import Library
 
 GRACE_S = 15.0
+# Decisions wait for it when an owner revokes chips by their ids.
+RESOLVE_WITHIN_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +107,7 @@ class App:
         self._revoked_chips: frozenset[str] = frozenset()
         self._denied = DenyList(self._denied_chips)
         self._store = parts.make_store(self._config, surroundings.on_step)
-        self._library = Library(self._config.documents, self._store, log)
+        self._library = Library(self._config.documents, self._store, log, before=self._renew_denied)
         self._service = parts.make_key_service(self._config, self._roots)
         self._wakers = _Wakers()
         self._server: Server | None = None
@@ -216,7 +221,7 @@ class App:
                 store=self._store,
                 time=dependencies.time,
                 checkpoints=self._checkpoints,
-                renew=self._renew_denied,
+                renew=self._library.current,
                 interval=self._config.limits.sweep_interval,
                 ready=self._ready,
                 log=log,
@@ -270,10 +275,19 @@ class App:
             if server is not None:
                 server.health.set(cause, ready=ready)
 
-    async def _renew_denied(self) -> None:
-        """Have the chips of the owner's revocations known by their keys too, as those of the configuration are."""
-        self._revoked_chips = (await self._library.current()).revoked.chips
-        self._deny()
+    async def _renew_denied(self, documents: Documents) -> None:
+        """Have the chips of the owner's revocations known by their keys too, as those of the configuration are.
+
+        Before the documents count: a host can leave its chip's id out. What the key service does not answer in time is
+        left to the chore.
+        """
+        self._revoked_chips = join(documents.revocations.values()).chips
+        new = self._denied.set_owners({*self._denied_chips, *self._revoked_chips})
+        if new and self._service is not None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(RESOLVE_WITHIN_S):
+                    await self._denied.resolve(self._service, self._roots, self._log, only=new)
+            self._wakers.denied.set()
 
     def _deny(self) -> None:
         if self._denied.set_owners({*self._denied_chips, *self._revoked_chips}):
@@ -284,7 +298,6 @@ class App:
         good = await self._reload_config()
         try:
             await self._library.load()
-            await self._renew_denied()
         except SevattestError as error:
             good = False
             self._log.error("documents.refused", problems=list(error.sentences))

@@ -79,7 +79,7 @@ async def sweep(
     store: Store,
     time: Timekeeper,
     checkpoints: Checkpoints,
-    renew: Callable[[], Awaitable[None]],
+    renew: Callable[[], Awaitable[object]],
     interval: float,
     ready: Callable[[str, bool], None],
     log: Log,

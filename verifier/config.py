@@ -271,6 +271,26 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         )
 
 
+def _require_apart(loaded: Config) -> None:
+    """Refuse private files in the folder of documents: an applied document could name them as a guest's secrets."""
+    private: dict[str, Path | None] = {
+        "key_file": loaded.key_file,
+        **{f"older_key_files[{index}]": each for index, each in enumerate(loaded.older_key_files)},
+        "tls.key": loaded.tls.key,
+        "state_dir": loaded.state_dir,
+        "store.postgres": None if loaded.store is None else loaded.store.postgres,
+        "pkcs11.pin_file": None if loaded.pkcs11 is None else loaded.pkcs11.pin_file,
+        "vault.token_file": None if loaded.vault is None else loaded.vault.token_file,
+    }
+    folder = loaded.documents.resolve()
+    for key, file in private.items():
+        if file is not None and file.resolve().is_relative_to(folder):
+            raise InvalidInput(
+                Reason.INVALID_CONFIGURATION,
+                f"{key}: lies in the folder of documents, where an applied document could name it as a guest's secret",
+            )
+
+
 def load_config(path: Path, environ: Mapping[str, str]) -> Config:
     """Read the configuration.
 
@@ -284,6 +304,7 @@ def load_config(path: Path, environ: Mapping[str, str]) -> Config:
         raise InvalidInput(
             Reason.INVALID_CONFIGURATION, f"{path}: state_dir: is set beside [store]: which counts would be a guess"
         )
+    _require_apart(loaded)
     kds = loaded.kds
     if kds is not None and (not kds.source or "\0" in kds.source):
         raise InvalidInput(Reason.INVALID_CONFIGURATION, f"{path}: kds.source: names no folder and no address")

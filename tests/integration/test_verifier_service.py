@@ -25,12 +25,13 @@ from common.rpc.identity import Role
 from emulator import channel as psp
 from sevattest.v1 import platform_pb2, reason_pb2, verifier_service_pb2
 from tests.support.chains import fresh_ca, make_platform
-from tests.support.desk import CALLER, SECRET, document, write_document
+from tests.support.documents import CALLER, SECRET, write_document
+from tests.support.documents import workload as document
 from tests.support.verifier_process import ServingVerifier, VerifierSite
 from verifier.library.artefacts import ArtefactShelf
 from verifier.library.documents import snapshot
 from verifier.library.folder import read_folder
-from verifier.library.library import prepare
+from verifier.library.prepared import prepare
 
 pytestmark = pytest.mark.slow
 

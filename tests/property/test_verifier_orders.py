@@ -11,7 +11,9 @@ from random import Random
 from uuid import UUID, uuid4
 
 from common.errors import SevattestError
-from tests.support.desk import CALLER, STRANGER, Desk, Guest, desk, document
+from tests.support.desk import Desk, Guest, desk
+from tests.support.documents import CALLER, STRANGER
+from tests.support.documents import workload as document
 from verifier.launches.launch import Begun
 
 SEEDS = 12

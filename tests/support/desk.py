@@ -27,7 +27,8 @@ from common.sev.secret import SecretEntry, parse_table
 from common.telemetry.log import Log
 from emulator import channel
 from tests.support.chains import SyntheticPlatform, make_platform
-from tests.support.firmware import amdsev_image
+from tests.support.documents import CALLER, write_artefacts, write_document
+from tests.support.documents import workload as document
 from tests.support.recording_log import RecordingLog
 from tests.support.rpc import SettableClock
 from verifier.admin.desks import owner_desks
@@ -49,14 +50,10 @@ from verifier.store.rows import AuditRow
 from verifier.store.sqlite import SqliteStore, read_audit
 from verifier.store.sqlite_file import FILE_NAME
 
-CALLER = "spiffe://datacenter.example/orchestrator/cluster"
 OWNER = "spiffe://owner.example/owner/alice"
 VERIFIER = "spiffe://owner.example/verifier/v"
-STRANGER = "spiffe://datacenter.example/orchestrator/stranger"
 START = datetime(2026, 3, 1, 12, tzinfo=UTC)
 FIRMWARE = FirmwareVersion(1, 55, 24)
-SECRET_GUID = UUID("43ced044-42ec-487a-88b7-261bda359f24")
-SECRET = b"a disk's passphrase\n"
 KEK = bytes(range(32))
 
 
@@ -65,49 +62,6 @@ async def refused(step: Awaitable[object]) -> SevattestError:
     with pytest.raises(SevattestError) as caught:
         await step
     return caught.value
-
-
-def document(**changes: Any) -> dict[str, Any]:
-    """A workload document that is good; `changes` replace members of `spec`, None removes one."""
-    spec: dict[str, Any] = {
-        "callers": [CALLER],
-        "measure": {
-            "firmware": "ovmf.fd",
-            "kernel": "kernel",
-            "initrd": "initrd",
-            "cmdline": "console=ttyS0",
-            "vcpus": [1, 2, 4],
-            "cpus": ["EPYC-Milan"],
-            "flavours": ["legacy", "init2"],
-        },
-        "platforms": {"generations": ["emulated"], "chips": "any"},
-        "secrets": [{"guid": str(SECRET_GUID), "source": {"file": "secret"}}],
-    }
-    spec |= changes
-    return {
-        "apiVersion": "sevattest/v1",
-        "kind": "Workload",
-        "metadata": {"name": "web", "version": "1"},
-        "spec": {name: value for name, value in spec.items() if value is not None},
-    }
-
-
-def write_document(folder: Path, content: dict[str, Any], name: str = "web.yaml") -> Path:
-    """Put a document into the owner's folder."""
-    path = folder / name
-    path.write_text(yaml.safe_dump(content))
-    return path
-
-
-def write_artefacts(folder: Path) -> None:
-    """The files that `document` names, and an older version of each."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "ovmf.fd").write_bytes(amdsev_image("new"))
-    (folder / "kernel").write_bytes(b"the kernel")
-    (folder / "initrd").write_bytes(b"the initrd")
-    (folder / "secret").write_bytes(SECRET)
-    (folder / "ovmf-old.fd").write_bytes(amdsev_image("old"))
-    (folder / "kernel-old").write_bytes(b"the old kernel")
 
 
 @dataclass(kw_only=True)

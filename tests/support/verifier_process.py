@@ -23,10 +23,16 @@ from common.rpc.client import open_channel
 from common.rpc.identity import Role
 from sevattest.v1 import verifier_service_pb2_grpc
 from tests.support.chains import SyntheticPlatform, make_platform
-from tests.support.desk import KEK, document, write_artefacts, write_document
+from tests.support.desk import KEK
+from tests.support.documents import workload as document
+from tests.support.documents import write_artefacts, write_document
 from tests.support.pki import DATACENTER_DOMAIN, OWNER_DOMAIN, Pki
 
 _START_TIMEOUT = 60.0
+
+
+class NotServing(AssertionError):
+    """A verifier ended before it served; its log is in the message."""
 
 
 @dataclass(kw_only=True)
@@ -151,7 +157,7 @@ extra_roots = ["ask_ark.cert"]
         if "serving" not in said:
             process.kill()
             process.communicate()
-            raise AssertionError(f"the verifier did not start: {log.read_text()}")
+            raise NotServing(f"the verifier did not start: {log.read_text()}")
         return ServingVerifier(process=process, address=said["serving"], admin=said.get("serving owners"))
 
 

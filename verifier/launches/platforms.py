@@ -43,13 +43,13 @@ class DenyList:
         self._fingerprint_of: dict[str, str] = {}
         self.set_owners(owners)
 
-    def set_owners(self, owners: Iterable[str]) -> bool:
-        """Put another list of the owner's in place of the last; whether it names a chip id that the last did not."""
+    def set_owners(self, owners: Iterable[str]) -> frozenset[str]:
+        """Put another list of the owner's in place of the last; the chip ids that the last did not name."""
         before = self._by_chip_id.keys()
         named = dict.fromkeys(owners, "revoked by the owner")
         self._by_fingerprint = {each: why for each, why in named.items() if len(each) == _FINGERPRINT_DIGITS}
         self._by_chip_id = {each: why for each, why in named.items() if len(each) == _CHIP_ID_DIGITS} | BROKEN_CHIPS
-        return bool(self._by_chip_id.keys() - before)
+        return frozenset(self._by_chip_id.keys() - before)
 
     def why(self, fingerprint: str, chip_id: bytes = b"") -> str | None:
         """Why this chip is denied; None where it is not.
@@ -61,14 +61,23 @@ class DenyList:
         resolved = (why for each, why in self._by_chip_id.items() if self._fingerprint_of.get(each) == fingerprint)
         return self._by_fingerprint.get(fingerprint) or self._by_chip_id.get(chip_id.hex()) or next(resolved, None)
 
-    async def resolve(self, service: KeyService, roots: Sequence[Root], log: Log) -> bool:
+    async def resolve(
+        self, service: KeyService, roots: Sequence[Root], log: Log, only: frozenset[str] | None = None
+    ) -> bool:
         """Learn the fingerprints behind the chip ids, which a host cannot leave out.
+
+        Args:
+            service: whom to ask.
+            roots: whose signature a CEK must carry.
+            log: the owner's.
+            only: the ids to ask about; None for all.
 
         Returns:
             Whether every id that the key service knows is resolved.
         """
         complete = True
-        for chip_id in self._by_chip_id.keys() - self._fingerprint_of.keys():
+        unknown = self._by_chip_id.keys() - self._fingerprint_of.keys()
+        for chip_id in unknown if only is None else unknown & only:
             try:
                 async with asyncio.timeout(KEY_SERVICE_TIMEOUT_S):
                     cek = await service.signed_cek(bytes.fromhex(chip_id))

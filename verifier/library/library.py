@@ -9,7 +9,7 @@ are looked at again whenever a launch of their workload begins.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,11 +29,30 @@ from verifier.store.rows import DocumentRow
 EARLIER_MAX = 32
 
 
+async def _nothing(_documents: Documents) -> None:
+    pass
+
+
 class Library:
     """All versions of all documents, and all workloads prepared."""
 
-    def __init__(self, folder: Path, rows: DocumentRows, log: Log) -> None:
-        """Remember where the documents are; nothing is read before `load`."""
+    def __init__(
+        self,
+        folder: Path,
+        rows: DocumentRows,
+        log: Log,
+        *,
+        before: Callable[[Documents], Awaitable[None]] = _nothing,
+    ) -> None:
+        """Remember where the documents are; nothing is read before `load`.
+
+        Args:
+            folder: the owner's files, and what relative paths in applied documents are relative to.
+            rows: what the owner applied.
+            log: the owner's.
+            before: is awaited with each new snapshot before it is in force; decisions wait for it, so it has an end.
+        """
+        self._before = before
         self._folder = folder
         self._rows = rows
         self._log = log
@@ -64,6 +83,7 @@ class Library:
             documents = await asyncio.to_thread(snapshot, revision, (*files, *applied.values()))
             _require_distinct(documents)
             prepared = await asyncio.to_thread(self._prepare, documents, {})
+            await self._before(documents)
             self._files, self._applied = files, applied
             return self._put(documents, prepared)
 
@@ -85,6 +105,7 @@ class Library:
                 return self._documents
             documents = await asyncio.to_thread(snapshot, revision, (*self._files, *applied.values()))
             prepared = await asyncio.to_thread(self._prepare, documents, self._prepared)
+            await self._before(documents)
             self._applied = applied
             return self._put(documents, prepared)
 

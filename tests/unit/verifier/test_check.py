@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from tests.support.documents import SECRET_GUID, grant, platform, revocation, write_document
+from tests.support.documents import CALLER, SECRET_GUID, grant, platform, revocation, write_document
 from tests.support.documents import workload as document
 from tests.support.verifier_process import VerifierSite
 from verifier.appraisal import authority
@@ -302,6 +302,41 @@ def test_a_vault_secret_without_a_vault_is_a_problem_and_secrets_elsewhere_count
     found = check(site.config, {}).problems
     assert found[0] == problem
     assert found[1].startswith("web.yaml: spec.secrets: the workload's secrets take")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "key"),
+    [
+        ('"kek.bin"', '"documents/kek.bin"', "key_file"),
+        ('"kek.bin"', '"documents/../documents/kek.bin"', "key_file"),
+        ('"kek.bin"', '"kek.bin"\nolder_key_files = ["kek.bin", "documents/old.bin"]', "older_key_files[1]"),
+        ('"state"', '"documents/state"', "state_dir"),
+        ('"state"', '"documents"', "state_dir"),
+        ('documents = "documents"', 'documents = "."', "key_file"),
+    ],
+)
+def test_private_files_in_the_folder_of_documents_are_a_problem(
+    site: VerifierSite, old: str, new: str, key: str
+) -> None:
+    good = site.config.read_text()
+    site.config.write_text(good.replace(old, new))
+    assert check(site.config, {}).problems == [
+        f"{key}: lies in the folder of documents, where an applied document could name it as a guest's secret"
+    ]
+    site.config.write_text(good.replace('"kek.bin"', '"documents.bin"'))
+    (site.folder / "kek.bin").rename(site.folder / "documents.bin")
+    assert check(site.config, {}).problems == []
+
+
+def test_a_grant_that_does_not_limit_its_caller_is_a_warning(site: VerifierSite) -> None:
+    folder = site.folder / "documents"
+    write_document(folder, grant(callers=[CALLER]), "grant.yaml")
+    assert {
+        f"grant.yaml: spec.callers: {CALLER} may launch web without a grant, so this one is no limit there",
+        f"web.yaml: spec.callers: {CALLER} may launch it without a grant, so grant fleet is no limit there",
+    } <= set(check(site.config, {}).warnings)
+    write_document(folder, grant(), "grant.yaml")
+    assert not [each for each in check(site.config, {}).warnings if "no limit" in each]
 
 
 SAMPLES = Path(__file__).parents[3] / "deploy" / "verifier"

@@ -14,7 +14,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from common.errors import SevattestError
 from common.telemetry.log import configure
-from tests.support.desk import KEK, SECRET, Desk, Guest, desk, document
+from tests.support.desk import KEK, Desk, Guest, desk
+from tests.support.documents import SECRET
+from tests.support.documents import workload as document
 
 
 def spellings(secret: bytes) -> Iterator[bytes]:

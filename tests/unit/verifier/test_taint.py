@@ -21,7 +21,9 @@ from common.rpc.identity import acting_as, parse_spiffe_id
 from emulator import channel as psp
 from sevattest.v1 import platform_pb2, verifier_service_pb2
 from tests.support.chains import make_platform
-from tests.support.desk import CALLER, Desk, desk, document
+from tests.support.desk import Desk, desk
+from tests.support.documents import CALLER
+from tests.support.documents import workload as document
 from verifier.service import VerifierServicer
 
 SEED = 20260301

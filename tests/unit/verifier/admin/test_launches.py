@@ -8,8 +8,8 @@ from uuid import uuid4
 import pytest
 
 from common.errors import InvalidInput, NotFound, Reason
-from tests.support.desk import CALLER, STRANGER, refused
-from tests.support.documents import grant, revocation, workload
+from tests.support.desk import refused
+from tests.support.documents import CALLER, STRANGER, grant, revocation, workload
 from tests.support.owner_site import OwnerSite, asked, text
 from verifier.admin.filed import Kind
 from verifier.admin.paging import PageRequest

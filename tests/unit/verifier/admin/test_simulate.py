@@ -12,8 +12,8 @@ from common.errors import InvalidInput, NotFound
 from common.sev.errors import ParseError
 from common.sev.measurement import FirmwareVersion
 from tests.support.chains import fresh_ca, make_platform
-from tests.support.desk import CALLER, FIRMWARE, STRANGER, refused
-from tests.support.documents import grant, platform, revocation, workload
+from tests.support.desk import FIRMWARE, refused
+from tests.support.documents import CALLER, STRANGER, grant, platform, revocation, workload
 from tests.support.owner_site import OwnerSite, text
 from verifier.admin.cases import Judgement, Supposed
 

@@ -16,16 +16,9 @@ from common.sev.abi import Status
 from common.sev.certs.sev import SevCertificate
 from emulator.errors import FirmwareFailed
 from tests.support.chains import fresh_ca, make_platform
-from tests.support.desk import (
-    CALLER,
-    SECRET_GUID,
-    STRANGER,
-    Guest,
-    desk,
-    document,
-    refused,
-    write_document,
-)
+from tests.support.desk import Guest, desk, refused
+from tests.support.documents import CALLER, SECRET_GUID, STRANGER, write_document
+from tests.support.documents import workload as document
 from tests.unit.verifier.launches.test_platforms import FakeKeyService
 
 

@@ -15,7 +15,9 @@ import pytest
 from common.errors import Reason
 from common.sev.measurement import FirmwareVersion, MeasurementBlob
 from common.sev.secret import SecretEntry
-from tests.support.desk import CALLER, FIRMWARE, START, STRANGER, Desk, desk, document, refused
+from tests.support.desk import FIRMWARE, START, Desk, desk, refused
+from tests.support.documents import CALLER, STRANGER
+from tests.support.documents import workload as document
 from verifier.documents.workload import SecretSpec
 from verifier.launches.launch import Begun, ReleaseRequest
 from verifier.launches.release import Releaser

@@ -19,20 +19,9 @@ from common.sev.measurement import FirmwareVersion, MeasurementBlob
 from common.sev.secret import SecretEntry
 from emulator.errors import FirmwareFailed
 from tests.support.chains import make_platform
-from tests.support.desk import (
-    CALLER,
-    FIRMWARE,
-    KEK,
-    SECRET,
-    SECRET_GUID,
-    STRANGER,
-    Desk,
-    Guest,
-    desk,
-    document,
-    refused,
-    write_document,
-)
+from tests.support.desk import FIRMWARE, KEK, Desk, Guest, desk, refused
+from tests.support.documents import CALLER, SECRET, SECRET_GUID, STRANGER, write_document
+from tests.support.documents import workload as document
 from verifier.documents.workload import ATTESTED_GUID, SecretSpec
 from verifier.keys.base import launch_place
 from verifier.keys.file import FileKey

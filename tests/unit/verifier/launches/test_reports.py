@@ -13,7 +13,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 
 from common.errors import Reason, SevattestError
-from tests.support.desk import CALLER, STRANGER, Desk, desk
+from tests.support.desk import Desk, desk
+from tests.support.documents import CALLER, STRANGER
 from verifier.launches.launch import Begun
 
 NONCE = b"0123456789abcdef"

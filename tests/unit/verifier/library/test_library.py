@@ -12,11 +12,13 @@ import pytest
 from common.errors import InvalidInput, Reason, Unavailable
 from tests.support.documents import AppliedDocuments, grant, platform, revocation, row, write_artefacts, write_document
 from tests.support.documents import workload as document
+from tests.support.eventually import until
 from tests.support.firmware import amdsev_image, reset_entry, with_footer
 from tests.support.recording_log import RecordingLog
 from verifier.appraisal.reference import freeze
 from verifier.documents.text import InvalidDocument
 from verifier.library.artefacts import ArtefactShelf
+from verifier.library.documents import Documents
 from verifier.library.library import Library
 from verifier.library.prepared import Prepared
 
@@ -61,6 +63,31 @@ async def test_the_newest_version_is_in_force(folder: Path) -> None:
     assert [each.version for each in documents.workloads["web"]] == ["1.10", "1.9", "1.2"]
     assert await library.in_force("none") is None
     assert documents.workload("none") is None
+
+
+async def test_a_new_snapshot_is_in_force_only_after_what_has_to_come_before_it(folder: Path) -> None:
+    write_document(folder, document())
+    rows, seen, let_go = AppliedDocuments(), list[int](), asyncio.Event()
+
+    async def before(documents: Documents) -> None:
+        seen.append(documents.revision)
+        if documents.grants:
+            await let_go.wait()
+
+    library = Library(folder, rows, RecordingLog(), before=before)
+    old = await library.load()
+    rows.apply(grant())
+    decisions = [asyncio.create_task(library.current()) for _ in range(3)]
+    await until(lambda: len(seen) == 2)
+    assert not any(decision.done() for decision in decisions)
+    let_go.set()
+    new = {id(each) for each in await asyncio.gather(*decisions)}
+    assert len(new) == 1
+    assert id(old) not in new
+    assert seen == [0, 1]
+    # And at SIGHUP, whatever the revision.
+    await library.load()
+    assert seen == [0, 1, 1]
 
 
 async def test_a_workload_spans_its_shapes(folder: Path) -> None:
