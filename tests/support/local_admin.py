@@ -100,10 +100,12 @@ class LocalAdmin:
     Attributes:
         folder: the desk's.
         faults: what goes wrong.
+        settings: of the desk.
     """
 
     folder: Path
     faults: Faults
+    settings: Mapping[str, Any]
     _capture: pytest.CaptureFixture[str]
 
     def run(self, *words: str | Path) -> Said:
@@ -115,22 +117,27 @@ class LocalAdmin:
 
     def open(self) -> contextlib.AbstractAsyncContextManager[OwnerSite]:
         """The desk itself, between two commands."""
-        return owner_site(self.folder)
+        return owner_site(self.folder, **self.settings)
 
 
 def local_admin(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *, timeout: float = 2.0
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    *,
+    timeout: float = 2.0,
+    **settings: Any,
 ) -> LocalAdmin:
     """Put the desk in `folder` where the owner's commands look for a verifier; calls end after `timeout` seconds."""
     faults = Faults()
 
     @contextlib.asynccontextmanager
     async def open_admin(_target: str, _tls: object, **_more: object) -> AsyncIterator[VerifierAdmin]:
-        async with owner_site(folder) as site:
+        async with owner_site(folder, **settings) as site:
             channel: Any = LocalChannel(AdminServicer(site.owner), faults)
             yield VerifierAdmin(channel, timeout=timeout)
 
     monkeypatch.setattr(orchestrator.drivers.admin, "open_admin", open_admin)
     for name in VARIABLES:
         monkeypatch.setenv(name, "unused")
-    return LocalAdmin(folder=folder, faults=faults, _capture=capsys)
+    return LocalAdmin(folder=folder, faults=faults, settings=settings, _capture=capsys)

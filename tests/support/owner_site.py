@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
+from common.audit.chain import Head
+from common.audit.checkpoint import checkpoint_claims
+from common.audit.jws import CHECKPOINT_TYPE
 from common.errors import SevattestError
-from tests.support.desk import FIRMWARE, Desk, desk
+from tests.support.desk import FIRMWARE, VERIFIER, Desk, desk
 from verifier.admin.desks import Desks, owner_desks
 from verifier.admin.documents import Applied
 from verifier.admin.requests import Asked
 from verifier.launches.launch import Begun
+from verifier.store.rows import Checkpoint
 
 OWNER = "spiffe://owner.example/owner/alice"
 OTHER_OWNER = "spiffe://owner.example/owner/bob"
@@ -57,6 +61,17 @@ class OwnerSite:
         with contextlib.suppress(SevattestError):
             await self.desk.release(begun.launch.launch_id, self.desk.start(begun).measure(bytes(32)))
         return begun
+
+
+async def sign_head(site: OwnerSite, head: Head | None = None) -> str:
+    """Sign where the log stands, or a lie about it, as the verifier's chore does; the checkpoint."""
+    if head is None:
+        number, last = await site.desk.store.head()
+        head = Head(number=number, hash=last)
+    claims = checkpoint_claims(head, time=site.desk.clock.now(), issuer=VERIFIER)
+    token = site.desk.dependencies.signer.sign(claims, typ=CHECKPOINT_TYPE)
+    await site.desk.store.keep_checkpoint(Checkpoint(number=head.number, token=token))
+    return token
 
 
 @contextlib.asynccontextmanager

@@ -105,6 +105,8 @@ def run_verify(args: argparse.Namespace) -> int:
         covered = signed[-1].head.number if signed else 0
         if args.keep is not None and tokens:
             write_all([NewFile(path=args.keep, data=tokens[-1].encode() + b"\n")])
+        elif args.keep is not None:
+            print("warning: the verifier has signed no checkpoint yet, so none was kept", file=sys.stderr)
         _say_verified(args, head, len(signed), covered, start)
         return 0
 

@@ -12,13 +12,10 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from common.audit.chain import Head
-from common.audit.checkpoint import checkpoint_claims
-from common.audit.jws import CHECKPOINT_TYPE
 from tests.support.documents import grant
 from tests.support.local_admin import LocalAdmin, local_admin
-from tests.support.owner_site import OWNER
+from tests.support.owner_site import sign_head
 from verifier.keys.signer import Signer
-from verifier.store.rows import Checkpoint
 
 RECORDS = 6
 
@@ -36,14 +33,7 @@ async def _fill(admin: LocalAdmin) -> None:
         for number in range(RECORDS):
             await site.apply(grant("fleet", str(number)))
             if number == 3:
-                await _sign(site, *(await site.desk.store.head()))
-
-
-async def _sign(site: Any, number: int, hash_: bytes) -> str:
-    claims = checkpoint_claims(Head(number=number, hash=hash_), time=site.desk.clock.now(), issuer=OWNER)
-    token: str = site.desk.dependencies.signer.sign(claims, typ=CHECKPOINT_TYPE)
-    await site.desk.store.keep_checkpoint(Checkpoint(number=number, token=token))
-    return token
+                await sign_head(site)
 
 
 def test_an_honest_log_is_whole(admin: LocalAdmin) -> None:
@@ -157,7 +147,7 @@ def test_a_log_that_was_cut_together_with_its_checkpoints_is_found_with_a_kept_o
 def test_a_checkpoint_of_another_log_is_refused(admin: LocalAdmin) -> None:
     async def fork() -> None:
         async with admin.open() as site:
-            await _sign(site, 5, bytes(32))
+            await sign_head(site, Head(number=5, hash=bytes(32)))
 
     asyncio.run(fork())
     said = admin.run("audit", "verify")
@@ -184,6 +174,15 @@ def test_what_was_kept_and_is_no_checkpoint_is_bad_input(admin: LocalAdmin, tmp_
             said = admin.run("audit", "verify", option, bad)
             assert (said.out, said.code) == ("", 2), content
             assert "Traceback" not in said.err
+
+
+def test_nothing_can_be_kept_of_a_log_that_was_never_signed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = tmp_path / "checkpoint"
+    said = local_admin(tmp_path / "desk", monkeypatch, capsys).run("audit", "verify", "--keep", kept)
+    assert "warning: the verifier has signed no checkpoint yet, so none was kept\n" in said.err
+    assert not kept.exists()
 
 
 def test_a_verification_says_what_it_covers_as_json(admin: LocalAdmin) -> None:
