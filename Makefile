@@ -15,7 +15,7 @@ PROTOS := $(shell find proto -name '*.proto')
 e2e guest: export PYTHONPYCACHEPREFIX := $(abspath $(VENV))/pycache
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test e2e guest transcripts lint format bench lock clean
+.PHONY: help demo test hammer e2e guest transcripts lint format bench lock clean
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ demo: $(VENV)/.ready ## launch one guest on a software platform, attested end to
 
 test: $(VENV)/.ready ## every test that needs no special hardware (ARGS=… goes to pytest)
 	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
+
+hammer: $(VENV)/.ready ## spend a grant under kill -9 and a crashing database, for minutes (ARGS="--seed N --launches N …")
+	$(BIN)/python -m tests.hammer $(ARGS)
 
 e2e: $(VENV)/.ready ## real guests on a real QEMU read real secrets, or do not (GUEST=DIR OVMF=FILE QEMU=FILE EFI_SECRET=1)
 	@$(BIN)/python -m tests.e2e.prerequisites "$(GUEST)" $(GUEST_OPTIONS)

@@ -24,7 +24,7 @@ from emulator import channel as psp
 from sevattest.v1 import platform_pb2, reason_pb2, verifier_service_pb2
 from tests.hammer.plan import GRANT, Answer, Plan, Tally
 from tests.support.chains import SyntheticPlatform
-from tests.support.desk import SECRET
+from tests.support.documents import SECRET
 
 _TIMEOUT_S = 10.0
 _WAIT_S = (0.02, 0.8)  # before a repeat: the first time at least, and at most
@@ -81,27 +81,25 @@ class Caller:
                 return
 
     async def _launch(self) -> None:
-        begun = await self._begin()
+        number, begun = await self._begin()
         await asyncio.sleep(self.draw.uniform(*self.plan.boot))
-        fate = self.draw.random()
-        if fate < 0.06 and self._may("deaths", self.plan.deaths):
+        fate = self.plan.fates[number] if number < len(self.plan.fates) else "release"
+        if fate == "die":
+            self.tally.add("deaths")
+        elif fate == "die late":
+            self.tally.add("deaths with a release under way")
             await self._die(begun)
-        elif fate < 0.14:
+        elif fate == "give up":
             await self._abandon(begun)
-        elif fate < 0.22 and self._may("lies", self.plan.lies):
+        elif fate == "lie":
             await self._lie(begun)
         else:
             await self._release(begun)
 
-    def _may(self, what: str, most: int) -> bool:
-        if self.tally.counts[what] >= most:
-            return False
-        self.tally.add(what)
-        return True
-
     # The steps.
 
-    async def _begin(self) -> Any:
+    async def _begin(self) -> tuple[int, Any]:
+        """A launch, and how many were begun before it."""
         request = verifier_service_pb2.BeginLaunchRequest(
             request_id=str(uuid4()),
             platform=platform_pb2.PlatformEvidence(chain=self.platform.chain.to_bytes()),
@@ -114,12 +112,13 @@ class Caller:
             if error.reason is Reason.GRANT_EXHAUSTED:
                 raise Exhausted from None
             raise
+        number = self.tally.counts["begun"]
         self.tally.add("begun")
         if self.draw.random() < 0.1:
             again = await self._answered("BeginLaunch", request)
             self.tally.add("repeats")
             assert (again.godh, again.session) == (begun.godh, begun.session)
-        return begun
+        return number, begun
 
     async def _release(self, begun: Any) -> None:
         keys, blob = self._measure(begun, self.digest)
@@ -156,6 +155,7 @@ class Caller:
                 raise
         else:
             raise AssertionError("a wrong measurement was released")
+        self.tally.add("lies refused")
 
     async def _abandon(self, begun: Any) -> None:
         request = verifier_service_pb2.AbandonLaunchRequest(
@@ -164,9 +164,7 @@ class Caller:
         await self._answered("AbandonLaunch", request)
 
     async def _die(self, begun: Any) -> None:
-        """Go away: before the measurement, or with a release under way, of which nobody here learns the end."""
-        if self.draw.random() < 0.7:
-            return
+        """Go away with a release under way, of which nobody here learns the end."""
         _, blob = self._measure(begun, self.digest)
         stub = self.verifiers.stub(self.name, self.draw)
         under_way = stub.ReleaseSecret(_release_request(begun, blob), timeout=_TIMEOUT_S)

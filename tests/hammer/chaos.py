@@ -12,9 +12,10 @@ import grpc
 
 from tests.hammer.plan import Plan, Tally
 from tests.support.postgres import Server
-from tests.support.verifier_process import ServingVerifier, VerifierSite
+from tests.support.verifier_process import NotServing, ServingVerifier, VerifierSite
 
 _POLL_S = 0.005
+_START_S = 60.0
 
 
 class Replica:
@@ -29,9 +30,16 @@ class Replica:
         self._stubs: dict[str, Any] = {}
         self.serving: ServingVerifier | None = None
 
-    async def start(self) -> None:
-        """Start a process, and let callers find it."""
-        self.serving = await asyncio.to_thread(self._site.serve, environ=self._environ)
+    async def start(self, tally: Tally) -> None:
+        """Start a process, again and again as a service manager does, and let callers find it."""
+        async with asyncio.timeout(_START_S):
+            while self.serving is None:
+                try:
+                    self.serving = await asyncio.to_thread(self._site.serve, environ=self._environ)
+                except NotServing as error:
+                    if "the store cannot be reached" not in str(error):
+                        raise
+                    tally.add("starts without a database")
         for name in self._names:
             channel = self._site.channel(self.serving.address, name=name)
             # The old ones stay: whoever waits for an answer there learns by himself that it is lost.
@@ -124,7 +132,7 @@ class Chaos:
         await replica.kill()
         self._tally.add("kills")
         await asyncio.sleep(draw.uniform(0, 0.2))
-        await replica.start()
+        await replica.start(self._tally)
 
     async def _crash(self, server: Server, draw: random.Random) -> None:
         await asyncio.to_thread(server.stop)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from tests.support.documents import grant, workload
@@ -24,8 +26,9 @@ class Plan:
         at_once: of the grant.
         callers: that are at work at any time.
         identities: that they share.
-        deaths: callers that die in the middle of a launch and never come back, at most.
-        lies: launches that are measured wrong, at most.
+        deaths: callers that die in the middle of a launch and never come back.
+        lies: launches that are measured wrong.
+        changes: launches that their callers give up.
         kills: of verifier processes by SIGKILL, all in all.
         restarts: of the database, as after a crash.
         boot: seconds that a guest takes from begin to its measurement, at least and at most.
@@ -39,9 +42,20 @@ class Plan:
     identities: int = 8
     deaths: int = 5
     lies: int = 5
+    changes: int = 8
     kills: int = 4
     restarts: int = 0
     boot: tuple[float, float] = (0.02, 0.3)
+
+    @cached_property
+    def fates(self) -> Sequence[str]:
+        """What becomes of the launches, in the order of their begins: good ones where the list ends."""
+        # One in three dies with its release under way, the others before it.
+        deaths = ["die late" if number % 3 == 2 else "die" for number in range(self.deaths)]
+        bad = [*deaths, *["lie"] * self.lies, *["give up"] * self.changes]
+        fates = [*bad, *["release"] * (self.launches * 3 // 4 - len(bad))]
+        random.Random(f"{self.seed} fates").shuffle(fates)  # noqa: S311 -- not a secret
+        return fates
 
     @property
     def names(self) -> Sequence[str]:

@@ -31,9 +31,9 @@ from tests.support.verifier_process import VerifierSite
 from verifier.library.artefacts import ArtefactShelf
 from verifier.library.documents import snapshot
 from verifier.library.folder import read_folder
-from verifier.library.library import prepare
+from verifier.library.prepared import prepare
 from verifier.store.postgres import PostgresStore
-from verifier.store.rows import LaunchFilter
+from verifier.store.rows import ChainedRecord, LaunchFilter
 from verifier.store.sql_store import SqlStore
 from verifier.store.sqlite import SqliteStore
 from verifier.store.sqlite_file import FILE_NAME, connect_reader
@@ -73,7 +73,7 @@ async def _run(plan: Plan, server: Server | None, folder: Path) -> tuple[Tally, 
     try:
         # One after the other, as the first makes the schema and the identities while the second waits for neither.
         for replica in replicas.all:
-            await replica.start()
+            await replica.start(tally)
         await _rage(plan, tally, site, replicas, server)
         keys = await _owner_verifies(site, replicas)
         for replica in replicas.all:
@@ -192,10 +192,9 @@ def _owner(*words: str) -> str:
 
 
 async def _evidence(plan: Plan, tally: Tally, store: SqlStore, keys: dict[str, Any]) -> Evidence:
-    records, page = [], await store.records(None, after=0, limit=1000)
-    while page:
+    records: list[ChainedRecord] = []
+    while page := await store.records(None, after=len(records), limit=1000):
         records += page
-        page = await store.records(None, after=records[-1].number, limit=1000)
     return Evidence(
         plan=plan,
         launches=await store.launches(LaunchFilter(grant=GRANT), before=None, limit=1_000_000),

@@ -49,7 +49,7 @@ def seed() -> int:
 
 
 async def test_a_grant_over_sqlite_is_spent_exactly_while_its_verifier_is_killed() -> None:
-    evidence = await hammered(Plan(seed=seed(), replicas=1, launches=30, deaths=2, lies=2, kills=3))
+    evidence = await hammered(Plan(seed=seed(), replicas=1, launches=30, deaths=3, lies=2, changes=3, kills=3))
     sees_everything(evidence)
 
 
