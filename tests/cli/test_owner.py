@@ -139,7 +139,7 @@ def test_a_dry_run_changes_nothing(served: OwnersVerifier, tmp_path: Path, name:
     assert owner(served, "apply", "--dry-run", "-f", file).out == f"grant {name} 1: would stay as it is\n"
     conflict = owner(served, "apply", "--dry-run", "-f", write(tmp_path, grant(name, launches=11)))
     assert conflict.code == owner(served, "apply", "-f", file.with_name("document.yaml")).code == 1
-    assert "give the new text a new metadata.version" in conflict.err
+    assert "give it another metadata.version" in conflict.err
 
 
 def test_what_is_no_document_is_refused_before_anybody_is_asked(served: OwnersVerifier, tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_a_diff_shows_what_would_change_and_ends_with_1(served: OwnersVerifier, 
     same_version = owner(served, "diff", "-f", write(tmp_path, grant(name, launches=13)))
     assert same_version.code == 1
     assert "+  launches: 13" in same_version.out
-    assert "give the new text a new metadata.version" in same_version.err
+    assert "give it another metadata.version" in same_version.err
 
 
 def test_a_grant_is_described_with_what_is_spent(served: OwnersVerifier, tmp_path: Path, name: str) -> None:

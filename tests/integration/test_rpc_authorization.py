@@ -34,8 +34,8 @@ EXPECTED = {
         "orchestrator": "BeginLaunch ReleaseSecret AbandonLaunch GetLaunch VerifyReport",
     },
     "sevattest.v1.VerifierAdminService": {
-        "owner": "ApplyDocument GetDocument ListDocuments DeleteDocument PutSecret GetLaunch ListLaunches "
-        "ListAuditRecords Simulate",
+        "owner": "ApplyDocument GetDocument ListDocuments DeleteDocument GetGrantStatus ListRevocationImpact PutSecret "
+        "ListSecrets DeleteSecret GetLaunch ListLaunches ListAuditRecords ListCheckpoints GetSigningKeys Simulate",
     },
     "grpc.health.v1.Health": {"orchestrator": "Check List Watch", "owner": "Check List Watch"},
 }
