@@ -8,11 +8,12 @@ there: a name that a file has cannot be applied, and a file's document cannot be
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from common.errors import NotFound, Reason, WrongState
+from common.errors import NotFound, Reason, SevattestError, WrongState
 from verifier.admin.filed import Filed, Kind, filed, is_json, read_text
 from verifier.admin.paging import Listing, Page, PageRequest
 from verifier.admin.requests import AdminMethod, Asked, Draft, Journal, KeptRequests
@@ -120,7 +121,9 @@ class DocumentDesk:
         if outcome is Outcome.DONE:
             self._journal.stored(audit)
             # Looked at again at once: what has to be found out about it (chips that are known by their ids) is, now.
-            await self._library.current()
+            # It is kept whatever comes of that.
+            with contextlib.suppress(SevattestError):
+                await self._library.current()
             return Applied(document=replace(document, apply_time=row.apply_time), changed=True)
         return Applied(document=same or document, changed=False)
 
@@ -160,7 +163,7 @@ class DocumentDesk:
         if await self._journal.answered(draft) is not None:
             return
         known = await self._versions(kind, name)
-        if known and known[0].file:
+        if known and all(each.file for each in known):
             raise WrongState(
                 Reason.DOCUMENT_CONFLICT,
                 f"{kind} {name} comes from the file {known[0].file}: take the file away and reload the verifier",
