@@ -129,14 +129,6 @@ class Site:
     def write_config(self) -> None:
         """Write `agent.toml`."""
         agent = self.pki.issue(Role.AGENT, ip=["127.0.0.1"])
-        boot = ("-kernel", str(self.kernel), "-initrd", str(self.initrd), "-append", CMDLINE)
-        args = [
-            *("-machine", "q35", "-cpu", CPU, "-smp", str(self.vcpus), "-m", "256M"),
-            *("-nodefaults", "-no-user-config", "-display", "none"),
-            *(boot if self.boots_directly else ()),
-            *("-serial", f"file:{self.serial}"),
-            *self.more_args,
-        ]
         device = 'driver = "dev_sev"' if self.by_ioctl else f'driver = "socket"\npath = "{self.platform.socket}"'
         self.config.write_text(
             f"""\
@@ -155,12 +147,25 @@ socket = "health.sock"
 {_lines(self.qemu)}
 [launches]
 {_lines(self.settings)}
+{self.guest()}
+"""
+        )
+
+    def guest(self) -> str:
+        """The guest's part of `agent.toml`, with what its driver has besides."""
+        boot = ("-kernel", str(self.kernel), "-initrd", str(self.initrd), "-append", CMDLINE)
+        args = [
+            *("-machine", "q35", "-cpu", CPU, "-smp", str(self.vcpus), "-m", "256M"),
+            *("-nodefaults", "-no-user-config", "-display", "none"),
+            *(boot if self.boots_directly else ()),
+            *("-serial", f"file:{self.serial}"),
+            *self.more_args,
+        ]
+        return f"""\
 [guests.web]
 program = {json.dumps(self.program)}
 firmware = "{self.firmware}"
-args = {json.dumps(args)}
-"""
-        )
+args = {json.dumps(args)}"""
 
     def use_dev_sev(self) -> None:
         """Configure the ioctl's driver. Under `platform run` nothing is pinned, whatever the guest's size."""
