@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
+import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from common.errors import SevattestError
@@ -23,6 +24,7 @@ from host_agent.devices import PlatformStatus
 from host_agent.hypervisors.base import GuestDefinition, Hypervisor
 from host_agent.hypervisors.monitored import QemuSettings
 from host_agent.hypervisors.qemu import QemuHypervisor
+from host_agent.launches import custody
 from host_agent.launches.custody import Custody
 from host_agent.launches.launch import Launch
 from host_agent.launches.ledger import Ledger
@@ -240,6 +242,11 @@ async def rig(folder: Path, **options: Any) -> AsyncIterator[Rig]:
             if machine is not None:
                 await machine.end()
         await made.leave()
+
+
+def machines_live_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the agent not wait long whether a machine whose monitor broke off dies; for tests in which it does not."""
+    monkeypatch.setattr(custody, "_DYING", 0.05)
 
 
 def pid_of(launch: Launch) -> int:
