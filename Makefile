@@ -13,6 +13,8 @@ PROTOS := $(shell find proto -name '*.proto')
 
 # The interpreter's caches go with the environment, so that a run leaves nothing else in the checkout.
 e2e guest: export PYTHONPYCACHEPREFIX := $(abspath $(VENV))/pycache
+# Tests start programs by the thousand, which should not be compiled each time, whatever the environment says.
+test e2e guest: export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test e2e guest transcripts lint format bench lock clean
