@@ -186,7 +186,7 @@ async def test_a_whole_launch_through_the_daemon_ends_with_a_guest_that_prints_t
 
         assert not site.printed.read_bytes()
         assert (await call.resume(owner)).state == pb.GUEST_LAUNCH_STATE_RESUMED
-        await until(lambda: site.has_printed(owner))
+        await until(lambda: site.saw(owner))
         assert (await call.abort(owner)).state == pb.GUEST_LAUNCH_STATE_STOPPED
 
 
@@ -227,7 +227,7 @@ async def test_an_agent_that_was_killed_finds_its_domain_again(sev_host: Libvirt
     assert sev_host.domains() == [str(owner.launch_id)]
     async with sev_host.caller(sev_host.start()) as call:
         assert (await call.whole(owner, sev_host.shape())).state == pb.GUEST_LAUNCH_STATE_RESUMED
-        await until(lambda: sev_host.has_printed(owner))
+        await until(lambda: sev_host.saw(owner))
         await call.abort(owner)
 
 

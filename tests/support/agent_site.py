@@ -125,6 +125,7 @@ class Site:
         self.boots_directly = True
         self.more_args: list[str] = []
         self.services: list[Service] = []
+        self.path = [str(REPOSITORY)]
 
     def write_config(self) -> None:
         """Write `agent.toml`."""
@@ -194,7 +195,7 @@ args = {json.dumps(args)}"""
             command += ["serve", "--config", str(self.config)]
         else:
             command = [sys.executable, "-m", "tests.support.agent_with_faults", str(self.config), point]
-        environ = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+        environ = {**os.environ, "PYTHONPATH": os.pathsep.join(self.path)}
         service = Service("sev-host-agent", command, logs=self.root, environ=environ)
         self.services.append(service)
         service.start()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 from common.sev.secret import SecretEntry, build_table
 from host_agent.hypervisors.libvirt_calls import load
@@ -53,15 +54,28 @@ class LibvirtSite(KvmSite):
             f'[guests.web]\ndriver = "libvirt"\nfirmware = "{self.firmware}"\ndomain = "web.xml"'
         )
 
-    def has_printed(self, owner: Owner) -> bool:
-        """Whether the guest has run and found this owner's secret."""
+    @asynccontextmanager
+    async def somebody(self) -> AsyncIterator[None]:
+        """Nobody: the daemon starts the machine."""
+        yield
+
+    def saw(self, owner: Owner) -> bool:
+        """Whether the guest has run, with the owner's secret; one that ran without it fails the test."""
         wanted = build_table([SecretEntry(guid=SECRET_ID, data=owner.secret)])
-        return self.printed.exists() and self.printed.read_bytes().startswith(wanted)
+        printed = self.printed.read_bytes() if self.printed.exists() else b""
+        assert printed.startswith(wanted) or wanted.startswith(printed), "a guest ran without its secret"
+        return printed.startswith(wanted)
+
+    def machines(self) -> list[int]:
+        return [found.ID() for found in self._domains()]
 
     def domains(self) -> list[str]:
         """What the daemon has, running or only defined: their UUIDs, asked without the agent."""
+        return [found.UUIDString() for found in self._domains()]
+
+    def _domains(self) -> list[Any]:
         with closing(load().open(self.daemon.uri)) as connection:
-            return [found.UUIDString() for found in connection.listAllDomains()]
+            return list(connection.listAllDomains())
 
 
 @contextmanager
