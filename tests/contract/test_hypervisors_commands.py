@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from uuid import uuid4
 
 import pytest
@@ -99,6 +100,37 @@ async def test_a_command_whose_machine_ended_while_the_agent_was_dead_ends_when_
             [launch] = second.runner.launches(ALICE)
             assert launch.state is S.STOPPED
             assert not alive(command)
+        act.rig.ledger._launches.clear()
+
+
+async def test_a_command_of_an_agent_that_died_while_its_machine_came_up_is_remembered_over_two_restarts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def stop_there(passed: str, _launch_id: object, /) -> None:
+        if passed == "start: machine released":
+            raise asyncio.CancelledError
+
+    device = FakeDevice()
+    monkeypatch.setitem(STAGES, "attach-staying", StayingStage)
+    async with play("attach-staying", monkeypatch, device=device, settings=SOON) as act:
+        stage = act.stage
+        assert isinstance(stage, StayingStage)
+        act.rig.custody.observe = stop_there
+        with suppress(asyncio.CancelledError):
+            await act.start()
+        await act.rig.leave()
+        async with agent(stage, device=device, settings=SOON) as second:
+            [launch] = second.runner.launches(ALICE)
+            assert launch.state is S.PAUSED
+            await until((stage.root / "note").exists)
+        command, daemon = stage.pids
+        try:
+            async with agent(stage, device=device, settings=SOON) as third:
+                assert alive(command)
+                await third.runner.abort(ALICE, launch.launch_id, uuid4())
+                assert not alive(command)
+        finally:
+            os.kill(daemon, signal.SIGKILL)
         act.rig.ledger._launches.clear()
 
 
