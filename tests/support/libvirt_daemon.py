@@ -14,10 +14,11 @@ import importlib.util
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +67,15 @@ class Daemon:
     def log(self) -> str:
         """What it has complained of."""
         return (self.root / "log").read_text(errors="replace")
+
+    def kill(self) -> None:
+        """Kill the daemon itself; its machines go on, and another comes in its place."""
+        mark = f"{self.root}/libvirtd.conf".encode()
+        for entry in Path("/proc").iterdir():
+            with suppress(OSError, ValueError):
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+                if words[0] == _LIBVIRTD.encode() and mark in words:
+                    os.kill(int(entry.name), signal.SIGKILL)
 
     def left_of_machines(self) -> list[str]:
         """Files that it keeps for machines while they are there."""
@@ -134,7 +144,8 @@ def _set_up(root: Path) -> Path:
     )
     here = shlex.quote(str(root))
     script = root / "daemon.sh"
-    # The shell stays, as its namespace's first process: it buries what the daemon's machines leave.
+    # The shell stays, as its namespace's first process: it buries what the daemon's machines leave, and where a daemon
+    # that has served ends it runs another, as a host's service manager does.
     script.write_text(
         "set -eu\n"
         f"cd {here}\n"
@@ -142,8 +153,7 @@ def _set_up(root: Path) -> Path:
         "mount --bind etc /etc/libvirt\n"
         "for file in passwd group; do mount --bind $file /etc/$file; done\n"
         f"export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME={here} LIBVIRT_DRIVER_DIR={here}/drivers\n"
-        f"{_LIBVIRTD} -f {here}/libvirtd.conf -p {here}/pid &\n"
-        "wait $!\n"
+        f"while {_LIBVIRTD} -f {here}/libvirtd.conf -p {here}/pid || [ -e run/libvirt-sock ]; do :; done\n"
     )
     return script
 
