@@ -1,10 +1,20 @@
-"""What the integration tests print at their end."""
+"""What the integration tests share, and what they print at their end."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 
 from tests.support.kill_table import rows
+from tests.support.platform import Platform
+from tests.support.sev_host import Host, make_bootable_host
+
+
+@pytest.fixture
+def host(tmp_path: Path, platform: Platform) -> Host:
+    """A host whose guest can be launched with a real QEMU."""
+    return make_bootable_host(tmp_path, platform)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -25,7 +25,7 @@ from tests.support.kvm import needs_kvm
 from tests.support.libvirt_daemon import Daemon, libvirt_daemon
 from tests.support.libvirt_site import LibvirtSite, libvirt_site
 from tests.support.pki import Pki
-from tests.support.platform import Platform, running_platform
+from tests.support.platform import Platform
 from tests.support.stages import short_folder
 
 pytestmark = pytest.mark.slow
@@ -36,17 +36,6 @@ HELD = ("start: machine held", "start: machine written down")
 NOBODY_BEGINS = {(driver, point) for driver in ("attach-command", "proxmox") for point in HELD}
 # And libvirt is asked after this.
 NEVER_BEGAN = {"start: written down", *HELD, "start: machine released"}
-
-
-@pytest.fixture(scope="module")
-def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
-    with running_platform(tmp_path_factory.mktemp("p")) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
-    return Pki(tmp_path_factory.mktemp("pki"))
 
 
 @pytest.fixture(scope="module")

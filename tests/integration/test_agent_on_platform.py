@@ -32,11 +32,9 @@ from common.sev.report import AttestationReport
 from common.sev.secret import SecretPacket
 from host_agent.launches.state import FINAL
 from sevattest.v1 import host_agent_service_pb2 as pb
-from tests.support.agent_site import ES, PLAIN, REPOSITORY, SECRET_ID, Caller, Owner, Site, agent_site
+from tests.support.agent_site import ES, PLAIN, REPOSITORY, SECRET_ID, Caller, Owner, Site
 from tests.support.eventually import until
 from tests.support.kill_table import KILLED
-from tests.support.pki import Pki
-from tests.support.platform import Platform, running_platform
 
 pytestmark = pytest.mark.slow
 
@@ -61,23 +59,6 @@ POINTS = [
 ]
 END_POINTS = ["end: written down", "end: machine gone", "end: done"]
 FINAL_STATES = {pb.GuestLaunchState.Value(f"GUEST_LAUNCH_STATE_{state}") for state in FINAL}
-
-
-@pytest.fixture(scope="module")
-def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
-    with running_platform(tmp_path_factory.mktemp("p")) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
-    return Pki(tmp_path_factory.mktemp("pki"))
-
-
-@pytest.fixture
-def site(platform: Platform, pki: Pki) -> Iterator[Site]:
-    with agent_site(platform, pki) as made:
-        yield made
 
 
 def said(owner: Owner) -> str:

@@ -8,14 +8,14 @@ prints what it finds where the firmware's footer puts secrets. The QEMU is the d
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from uuid import uuid4
 from xml.etree import ElementTree as ET
 
 import pytest
 
-from common.errors import InvalidInput, PlatformFailed, Reason, Refused, SevattestError
+from common.errors import InvalidInput, OutcomeUnknown, PlatformFailed, Reason, Refused, SevattestError, Unavailable
 from common.sev.certs.sev import SevCertificate
 from common.sev.report import AttestationReport
 from host_agent.hypervisors.arguments import MachineOptions
@@ -28,7 +28,7 @@ from tests.support.kvm import needs_kvm
 from tests.support.libvirt_daemon import Daemon, libvirt_daemon
 from tests.support.libvirt_site import LibvirtSite, libvirt_site
 from tests.support.pki import Pki
-from tests.support.platform import Platform, running_platform
+from tests.support.platform import Platform
 from tests.support.sev_host import wait_for_no_guest
 from tests.support.stages import short_folder
 
@@ -37,17 +37,6 @@ pytestmark = [pytest.mark.slow, needs_kvm]
 NONCE = bytes(range(16))
 KINDS = {"SEV": PLAIN, "SEV-ES": ES}
 NO_SEV = "SEV launch security is not supported with this QEMU binary"
-
-
-@pytest.fixture(scope="module")
-def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
-    with running_platform(tmp_path_factory.mktemp("p")) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
-    return Pki(tmp_path_factory.mktemp("pki"))
 
 
 @pytest.fixture(scope="module")
@@ -229,6 +218,32 @@ async def test_an_agent_that_was_killed_finds_its_domain_again(sev_host: Libvirt
         assert (await call.whole(owner, sev_host.shape())).state == pb.GUEST_LAUNCH_STATE_RESUMED
         await until(lambda: sev_host.saw(owner))
         await call.abort(owner)
+
+
+async def test_a_daemon_that_is_killed_and_comes_back_costs_a_repeated_question_and_no_launch(
+    sev_host: LibvirtSite,
+) -> None:
+    async with sev_host.caller(sev_host.start()) as call:
+        owner = Owner(pdh=await call.pdh())
+        await call.start(owner)
+        sev_host.daemon.kill()
+        await until(lambda: serves(sev_host))
+        launch = None
+        for _ in range(3):
+            with suppress(Unavailable, OutcomeUnknown):
+                launch = await call.whole(owner, sev_host.shape())
+                break
+        assert launch is not None
+        assert launch.state == pb.GUEST_LAUNCH_STATE_RESUMED
+        await until(lambda: sev_host.saw(owner))
+        await call.abort(owner)
+
+
+def serves(site: LibvirtSite) -> bool:
+    """Whether a daemon answers, and has the domain."""
+    with suppress(load().libvirtError):
+        return len(site.domains()) == 1
+    return False
 
 
 async def test_a_domain_that_somebody_destroys_is_noticed_and_not_mourned_for_ever(sev_host: LibvirtSite) -> None:

@@ -20,7 +20,7 @@ import pytest
 
 from emulator.firmware_image import SECRET_AREA
 from tests.support.fw_cfg import read_memory
-from tests.support.platform import Platform, running_platform
+from tests.support.platform import Platform
 from tests.support.qmp import TIMEOUT, QmpClient, running_machine
 from tests.support.qmp_inputs import MALFORMED, NO_JSON, ODD_IDS
 from tests.support.real_qemu import EACH_QEMU, qemu, version_of
@@ -33,12 +33,6 @@ CAPABILITIES = b'{"execute": "qmp_capabilities"}'
 FENCE = b'\xff\n{"execute": "query-version", "id": "fence"}\n'
 # What two processes cannot have alike, and what only one of them has.
 VARIES = re.compile(rb'"(?:seconds|microseconds|thread-id|pid)": \d+|unix:[^"]*|/[^" ]*/')
-
-
-@pytest.fixture(scope="module")
-def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
-    with running_platform(tmp_path_factory.mktemp("platform") / "p") as served:
-        yield served
 
 
 class Pair:

@@ -30,13 +30,6 @@ pytestmark = pytest.mark.skipif(
 NOT_ASKED = UNTOUCHED  # the firmware's status where it was not called
 
 
-@pytest.fixture(scope="module")
-def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
-    """One that no test changes."""
-    with running_platform(tmp_path_factory.mktemp("run") / "p") as served:
-        yield served
-
-
 @pytest.fixture
 def fresh(tmp_path: Path) -> Iterator[Platform]:
     """One that is not initialised."""
