@@ -9,13 +9,20 @@ import pytest
 
 from tests.support.agent_site import Site, agent_site
 from tests.support.pki import Pki
-from tests.support.platform import Platform, running_platform
+from tests.support.platform import Platform, keep_chips, running_platform
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_xdist_auto_num_workers() -> int:
     """For `-n auto`: more workers than processors, since a test waits for other programs half of its time."""
     return (len(os.sched_getaffinity(0)) * 3 + 1) // 2
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_chip_for_all(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Share the software platforms' keys among all tests and workers of a run."""
+    own = tmp_path_factory.getbasetemp()
+    keep_chips((own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "chips")
 
 
 @pytest.fixture(scope="module")

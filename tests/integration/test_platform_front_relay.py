@@ -339,7 +339,7 @@ def test_a_client_that_never_reads_cannot_keep_the_machine_from_its_end(
     words = [*platform.front(qemu), *host.arguments("-display", "none")]
     with running_machine(words, host.qmp) as machine, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
         client.connect(str(host.qmp))
-        client.settimeout(1)
+        client.settimeout(0.3)
         client.sendall(CAPABILITIES)
         with contextlib.suppress(TimeoutError):
             while True:

@@ -294,7 +294,7 @@ def test_usage_errors_end_with_2(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_help_imports_no_grpc() -> None:
-    code = "import sys; from host_agent.cli import _parser; _parser(); sys.exit('grpc' in sys.modules)"
+    code = "import sys; from host_agent.cli import _parser; _parser([]); sys.exit('grpc' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
