@@ -15,9 +15,9 @@ from functools import cache
 
 import pytest
 
-from common.errors import OutcomeUnknown, SevattestError, Unavailable
+from common.errors import SevattestError
 from sevattest.v1 import host_agent_service_pb2 as pb
-from tests.support.agent_site import REPOSITORY, Caller, Owner
+from tests.support.agent_site import REPOSITORY, Owner
 from tests.support.driver_sites import StageSite, stage_site
 from tests.support.eventually import until
 from tests.support.kill_table import KILLED, POINTS
@@ -62,18 +62,6 @@ def site(
             yield made
 
 
-async def went_on(site: StageSite | LibvirtSite, caller: Caller, owner: Owner) -> pb.GuestLaunch:
-    """What an orchestrator does after a crash: the same requests again, from the first; gives up on a launch's end."""
-    for _ in range(5):
-        try:
-            return await caller.whole(owner, site.shape())
-        except (OutcomeUnknown, Unavailable):
-            continue
-        except SevattestError:
-            return await caller.get(owner)
-    raise AssertionError("the launch went nowhere")
-
-
 @pytest.mark.parametrize("point", POINTS)
 async def test_after_a_kill_at_any_point_the_guest_runs_attested_or_does_not_run(
     site: StageSite | LibvirtSite,
@@ -91,7 +79,7 @@ async def test_after_a_kill_at_any_point_the_guest_runs_attested_or_does_not_run
         agent = site.start()
         await asyncio.to_thread(agent.wait_ready)  # it may wait for the machine, which somebody here starts
         async with site.caller(agent) as caller:
-            launch = await went_on(site, caller, owner)
+            launch = await caller.whole_again(owner, site.shape())
             if launch.state == pb.GUEST_LAUNCH_STATE_RESUMED:
                 assert len(site.machines()) == 1
                 await until(lambda: site.saw(owner))

@@ -19,12 +19,10 @@ import pytest
 from common.errors import (
     InvalidInput,
     NotFound,
-    OutcomeUnknown,
     PlatformFailed,
     Reason,
     Refused,
     SevattestError,
-    Unavailable,
     WrongState,
 )
 from common.sev.certs.sev import SevCertificate
@@ -311,18 +309,6 @@ async def test_the_agents_memory_and_log_hold_no_secret(site: Site) -> None:
             assert not any(canary in kept or canary.hex().encode() in kept for canary in canaries)
 
 
-async def _continue(site: Site, caller: Caller, owner: Owner) -> pb.GuestLaunch:
-    """What an orchestrator does after a crash: the same requests again, from the first; gives up on a launch's end."""
-    for _ in range(5):
-        try:
-            return await caller.whole(owner, site.shape())
-        except (OutcomeUnknown, Unavailable):
-            continue
-        except SevattestError:
-            return await caller.get(owner)
-    raise AssertionError("the launch went nowhere")
-
-
 async def _given_up(site: Site, caller: Caller, owner: Owner, *, inject: bool) -> None:
     """A launch that is never resumed."""
     await caller.start(owner)
@@ -351,7 +337,7 @@ async def test_after_a_kill_at_any_point_the_guest_runs_attested_or_does_not_run
         assert point in {"resume: answered", "resume: done"}
 
     async with site.caller(site.start()) as caller:
-        launch = await _continue(site, caller, owner)
+        launch = await caller.whole_again(owner, site.shape())
         if launch.state == pb.GUEST_LAUNCH_STATE_RESUMED:
             assert len(site.machines()) == 1
             await until_read(site, owner)

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from emulator.firmware_image import SECRET_AREA
+from tests.support.agent import open_descriptors
 from tests.support.fw_cfg import read_memory
 from tests.support.platform import Platform
 from tests.support.qmp import TIMEOUT, QmpClient, running_machine
@@ -301,16 +302,13 @@ def test_a_client_that_says_all_and_hangs_up_is_answered_all(pair: Pair) -> None
 
 @EACH_QEMU
 def test_many_clients_leave_no_descriptor_behind(tmp_path: Path, platform: Platform, qemu: str) -> None:
-    def descriptors(pid: int) -> int:
-        return len(list(Path(f"/proc/{pid}/fd").iterdir()))
-
     there = guests(platform)
     host = make_host(tmp_path, platform)
     words = [*platform.front(qemu), *host.arguments("-display", "none")]
     with running_machine(words, host.qmp) as machine:
         with QmpClient(host.qmp) as client:
             client.negotiate()
-            before = descriptors(machine.pid)
+            before = open_descriptors(machine.pid)
         for number in range(200):
             with QmpClient(host.qmp) as client:
                 if number % 4:
@@ -323,7 +321,7 @@ def test_many_clients_leave_no_descriptor_behind(tmp_path: Path, platform: Platf
         with QmpClient(host.qmp) as client:
             client.negotiate()
             deadline = time.monotonic() + TIMEOUT
-            while descriptors(machine.pid) > before:
+            while open_descriptors(machine.pid) > before:
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
             assert guests(platform) == there + 1

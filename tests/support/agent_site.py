@@ -22,6 +22,7 @@ from uuid import UUID, uuid4
 
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from common.errors import OutcomeUnknown, SevattestError, Unavailable
 from common.ids import step_request_id
 from common.rpc.client import call, open_channel
 from common.rpc.identity import Role
@@ -302,6 +303,17 @@ class Caller:
         packet = owner.release(await self.measure(owner), shape)
         await self.inject(owner, packet)
         return await self.resume(owner)
+
+    async def whole_again(self, owner: Owner, shape: LaunchShape) -> pb.GuestLaunch:
+        """What an orchestrator does after a crash: the same requests from the first; gives up on a launch's end."""
+        for _ in range(5):
+            try:
+                return await self.whole(owner, shape)
+            except (OutcomeUnknown, Unavailable):
+                continue
+            except SevattestError:
+                return await self.get(owner)
+        raise AssertionError("the launch went nowhere")
 
     def _ids(self, owner: Owner, step: str) -> dict[str, str]:
         return {"request_id": str(step_request_id(owner.launch_id, step)), "launch_id": str(owner.launch_id)}
