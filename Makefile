@@ -13,9 +13,11 @@ PROTOS := $(shell find proto -name '*.proto')
 
 # The interpreter's caches go with the environment, so that a run leaves nothing else in the checkout.
 e2e guest: export PYTHONPYCACHEPREFIX := $(abspath $(VENV))/pycache
+# Tests start programs by the thousand, which should not be compiled each time, whatever the environment says.
+test soak e2e guest: export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test hammer e2e guest transcripts lint format bench lock clean
+.PHONY: help demo test soak hammer e2e guest transcripts lint format bench lock clean
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
@@ -28,6 +30,10 @@ test: $(VENV)/.ready ## every test that needs no special hardware (ARGS=… goes
 
 hammer: $(VENV)/.ready ## spend a grant under kill -9 and a crashing database, for minutes (ARGS="--seed N --launches N …")
 	$(BIN)/python -m tests.hammer $(ARGS)
+
+soak: export SOAK_CYCLES ?= 1000
+soak: $(VENV)/.ready ## a thousand launches on one agent, honest and hostile: nothing of them is left; takes minutes
+	$(BIN)/python -m pytest -q -s tests/integration/test_agent_cycles.py $(ARGS)
 
 e2e: $(VENV)/.ready ## real guests on a real QEMU read real secrets, or do not (GUEST=DIR OVMF=FILE QEMU=FILE EFI_SECRET=1)
 	@$(BIN)/python -m tests.e2e.prerequisites "$(GUEST)" $(GUEST_OPTIONS)

@@ -10,15 +10,20 @@ import asyncio
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
 from common.command import Parser, run_command
-from host_agent.doctor import cli as doctor
-from host_agent.hookscript import cli as hookscript
-from host_agent.selftest import cli as selftest
 
 PROGRAM = "sev-host-agent"
 _NOT_READY = 3
+# Command, the package whose `cli` has its arguments and runs it, and its line of help. Only the one that is called is
+# imported: a service that starts does not pay for the rest.
+_OWN_MODULES = (
+    ("doctor", "doctor", "say whether guests can be launched on this host, and what to do if not"),
+    ("selftest", "selftest", "launch a guest paused, as its owner would, and check every step"),
+    ("proxmox-hookscript", "hookscript", "print or install Proxmox VE's hookscript"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,15 +31,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Before gRPC is imported: its own complaints about peers are noise beside our log.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
+    words = list(sys.argv[1:] if argv is None else argv)
+
     def command() -> int:
-        args = _parser().parse_args(argv)
+        args = _parser(words).parse_args(words)
         code: int = args.run(args)
         return code
 
     return run_command(PROGRAM, command)
 
 
-def _parser() -> Parser:
+def _parser(words: Sequence[str]) -> Parser:
     parser = Parser(prog=PROGRAM, description="start guests paused, relay their attestation, let attested guests run")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for name, run, text in (
@@ -45,12 +52,10 @@ def _parser() -> Parser:
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("--config", type=Path, required=True, metavar="FILE", help="agent.toml")
         command.set_defaults(run=lambda args, run=run: run(args.config))
-    for name, add_arguments, text in (
-        ("doctor", doctor.add_arguments, "say whether guests can be launched on this host, and what to do if not"),
-        ("selftest", selftest.add_arguments, "launch a guest paused, as its owner would, and check every step"),
-        ("proxmox-hookscript", hookscript.add_arguments, "print or install Proxmox VE's hookscript"),
-    ):
-        add_arguments(commands.add_parser(name, help=text, description=text))
+    for name, module, text in _OWN_MODULES:
+        command = commands.add_parser(name, help=text, description=text)
+        if name in words[:1]:
+            import_module(f"host_agent.{module}.cli").add_arguments(command)
     return parser
 
 

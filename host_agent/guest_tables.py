@@ -5,6 +5,7 @@ Each driver has its own keys; one that belongs to another driver is refused. doc
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -84,8 +85,7 @@ def definition(name: str, table: GuestTable, state_dir: Path) -> AnyDefinition:
             raise _bad(
                 f"{where}.program", "systemd-run without --scope starts a service, whose process is not the agent's"
             )
-    if not table.firmware.is_file():
-        raise _bad(f"{where}.firmware", f"{table.firmware}: there is no such file")
+    _check_file(f"{where}.firmware", table.firmware)
     match table.driver:
         case AttachDefinition.driver:
             return _attach(where, table, state_dir)
@@ -96,7 +96,7 @@ def definition(name: str, table: GuestTable, state_dir: Path) -> AnyDefinition:
         case LibvirtDefinition.driver:
             return LibvirtDefinition(firmware=table.firmware, domain=_domain(f"{where}.domain", table.domain))
         case _:
-            check_definition(f"{where}.args", table.args, state_dir=state_dir.resolve())
+            check_definition(f"{where}.args", table.args, state_dir=_resolved(state_dir))
             return GuestDefinition(program=tuple(table.program), firmware=table.firmware, args=tuple(table.args))
 
 
@@ -111,7 +111,7 @@ def check_distinct(definitions: Mapping[str, AnyDefinition]) -> None:
         marks: dict[str, object] = {}
         match guest:
             case AttachDefinition():
-                marks = {"monitor": guest.monitor, "inputs": guest.inputs}
+                marks = {"monitor": _resolved(guest.monitor), "inputs": _resolved(guest.inputs)}
             case ProxmoxDefinition():
                 marks = {"vmid": guest.vmid}
             case _:
@@ -142,6 +142,20 @@ def _check_command(where: str, command: Sequence[str]) -> None:
         raise _bad(where, f"{program}: there is no such program, or it cannot be executed")
 
 
+def _check_file(where: str, path: Path) -> None:
+    try:
+        found = path.is_file()
+    except OSError as error:  # a folder above it cannot be searched
+        raise _bad(where, f"{path}: {error.strerror or error}") from error
+    if not found:
+        raise _bad(where, f"{path}: there is no such file")
+
+
+def _resolved(path: Path) -> Path:
+    """The path without links. `Path.resolve` raises where they lead in a circle; who opens it will say so."""
+    return Path(os.path.realpath(path))
+
+
 def _attach(where: str, table: GuestTable, state_dir: Path) -> AttachDefinition:
     if table.start:
         _check_command(f"{where}.start", table.start)
@@ -149,7 +163,7 @@ def _attach(where: str, table: GuestTable, state_dir: Path) -> AttachDefinition:
     for key, path in places.items():
         if path is None:
             raise _bad(f"{where}.{key}", "must be there")
-        if path.resolve().is_relative_to(state_dir.resolve()):
+        if _resolved(path).is_relative_to(_resolved(state_dir)):
             raise _bad(f"{where}.{key}", f"{path}: the agent's own files are there; it must be outside of state_dir")
     assert table.monitor is not None and table.inputs is not None  # noqa: S101, PT018 -- just checked
     return AttachDefinition(

@@ -152,7 +152,11 @@ class Calls:
         """One of KVM's on a virtual machine."""
         if request == kvm.KVM_MEMORY_ENCRYPT_OP:
             self._machines.encrypt_op(
-                process, descriptor, argument, lambda number: self._file.is_behind(call.thread, number)
+                process,
+                descriptor,
+                argument,
+                self._memory(call),
+                lambda number: self._file.is_behind(call.thread, number),
             )
         elif request == kvm.KVM_MEMORY_ENCRYPT_REG_REGION:
             self._machines.register(process, descriptor, argument)
@@ -164,7 +168,10 @@ class Calls:
             raise _not_ours(call.thread, descriptor)
         writable = dev_sev.is_writable(call.thread, descriptor)
         if self._listener.is_valid(call):  # else it was somebody else's descriptor that was looked at
-            IssuedCommand(Memory(call.thread), self._link, writable=writable).carry_out(argument)
+            IssuedCommand(self._memory(call), self._link, writable=writable).carry_out(argument)
+
+    def _memory(self, call: Notification) -> Memory:
+        return Memory(call.thread, lambda: self._listener.is_valid(call))
 
 
 def _not_ours(thread: int, descriptor: int) -> KernelRefused:

@@ -71,8 +71,17 @@ class Machines:
             if function == 1:
                 self._signatures[process] = eax
 
-    def encrypt_op(self, process: int, descriptor: int, argument: int, is_device: Callable[[int], bool]) -> None:
+    def encrypt_op(
+        self, process: int, descriptor: int, argument: int, memory: Memory, is_device: Callable[[int], bool]
+    ) -> None:
         """KVM_MEMORY_ENCRYPT_OP. Without an argument it asks whether there is SEV, and there is.
+
+        Args:
+            process: whose machine.
+            descriptor: of the machine.
+            argument: the request's.
+            memory: the caller's, which is the process's.
+            is_device: whether a descriptor of the caller is an open /dev/sev.
 
         Raises:
             KernelRefused: what the ioctl fails with; CommandFailed likewise.
@@ -81,7 +90,7 @@ class Machines:
             return
         command = EncryptOp(
             self._vm(process, descriptor),
-            Memory(process),
+            memory,
             self._link,
             is_device=is_device,
             cpu_signature=self._signatures.get(process, _NO_CPUID),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+from collections.abc import Callable
 
 from emulator.errors import KernelRefused
 
@@ -32,10 +33,17 @@ _readv, _writev = _transfer("process_vm_readv"), _transfer("process_vm_writev")
 
 
 class Memory:
-    """The memory of one thread's process."""
+    """The memory of one thread's process.
 
-    def __init__(self, thread: int) -> None:
+    Args:
+        thread: its number.
+        waits: whether that thread still waits for an answer. One that was killed meanwhile may have left its number to
+            a stranger, into whose memory nothing is written.
+    """
+
+    def __init__(self, thread: int, waits: Callable[[], bool] = lambda: True) -> None:
         self._thread = thread
+        self._waits = waits
 
     def read(self, address: int, size: int) -> bytes:
         """Exactly `size` bytes, as copy_from_user.
@@ -56,7 +64,7 @@ class Memory:
         Raises:
             KernelRefused: EFAULT; not all of it is writable, or the process is gone.
         """
-        if data and self._move(_writev, address, bytearray(data)) != len(data):
+        if data and (not self._waits() or self._move(_writev, address, bytearray(data)) != len(data)):
             raise KernelRefused(errno.EFAULT)
 
     def path(self, address: int) -> bytes | None:

@@ -25,6 +25,11 @@ from host_agent.hypervisors.base import GuestDefinition
 from host_agent.hypervisors.options import Options
 
 SOFTWARE_PLATFORM = "socket"  # the driver's name
+# What to do about a platform that is not the kernel's and gives no answer.
+_UNREACHED = {
+    SOFTWARE_PLATFORM: "is it served (`sevattest platform serve`), by this user, and is device.path its socket?",
+    QmpDevice.name: "does that QEMU run, as this user, and has its monitor no other client? docs/hypervisors.md has it",
+}
 # What a look at a host may raise beside what its probe expects: rights and files change while it goes on.
 _TROUBLE = (OSError, Unreadable, SevattestError, ValueError)
 
@@ -78,6 +83,7 @@ async def examine(question: Question) -> list[Finding]:
             snp=snp,
             key_service=question.key_service,
             roots=question.roots,
+            unreached=_UNREACHED.get(driver, firmware.UNREACHED),
         )
         findings += [finding async for finding in _each_answer("firmware", answers)]
     findings += _each("agent", _agent(question, agent))

@@ -24,6 +24,7 @@ from host_agent.doctor.findings import Finding, failed, passed, skipped, warned
 _REFUSES_ES_BESIDE_SNP = (1, 58)
 _NOT_TOLD = "a QEMU that is asked for the platform does not tell"
 _BY_DEVICE = "`sev-host-agent doctor` without --config asks /dev/sev itself"
+UNREACHED = "look at `dmesg | grep -e ccp -e SEV`"
 _UPDATE = "update the firmware: linux-firmware's amd/ folder and a reboot, or the BIOS"
 
 
@@ -35,6 +36,7 @@ async def probe(
     snp: bool,
     key_service: KeyService | None,
     roots: tuple[Root, ...],
+    unreached: str = UNREACHED,
 ) -> AsyncIterator[Finding]:
     """What the firmware means for launches.
 
@@ -45,11 +47,12 @@ async def probe(
         snp: whether the host is in SNP mode.
         key_service: where to look for the signed CEK; nowhere when None.
         roots: who may have signed it.
+        unreached: what to do about a device that gives no answer and has no hint of its own.
     """
     try:
         status = await device.status()
     except SevattestError as error:
-        advice = error.fields.get("hint", "look at `dmesg | grep -e ccp -e SEV`")
+        advice = error.fields.get("hint", unreached)
         yield failed("firmware.answers", error.message, advice)
         if snp:
             yield snp_mode(None, es=es, snp=snp)

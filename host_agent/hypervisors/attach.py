@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 from uuid import UUID
@@ -113,7 +113,15 @@ async def expect(definition: AttachDefinition, order: StartOrder, settings: Qemu
         if starter is not None:
             starter.close()  # its gate closes with it
         raise
-    return AttachedMachine(order.folder, inputs, settings, expected=expected, launch=order.launch, starter=starter)
+    return AttachedMachine(
+        order.folder,
+        inputs,
+        settings,
+        launch=order.launch,
+        expected=expected,
+        starter=starter,
+        session=None if starter is None else starter.identity.pid,
+    )
 
 
 def find_again(trace: Trace, settings: QemuSettings) -> Machine | None:
@@ -121,7 +129,9 @@ def find_again(trace: Trace, settings: QemuSettings) -> Machine | None:
     folder, identity = _inputs_folder(trace), trace.identity
     if folder is None:
         return None  # nothing was prepared yet
-    expected, starter, process = None, None, None
+    expected, starter, process, session = None, None, None, None
+    if identity is not None:
+        session = identity.pid if identity.starter else identity.session
     if identity is None or identity.starter:
         expected = Expected.read(folder / LAUNCH_FILE, trace.launch)
         if expected is None:
@@ -139,6 +149,7 @@ def find_again(trace: Trace, settings: QemuSettings) -> Machine | None:
         expected=expected,
         starter=starter,
         process=process,
+        session=session,
     )
 
 
@@ -148,8 +159,11 @@ async def sweep_up(trace: Trace) -> None:
     if folder is not None:
         Inputs(folder).remove()
     identity = trace.identity
-    if identity is not None and identity.starter and identity.boot_id == boot_id():
-        await end_family(None, str(trace.launch))
+    if identity is not None and identity.boot_id == boot_id():
+        if identity.starter:
+            await end_family(None, str(trace.launch))
+        elif identity.session is not None:
+            await end_family(identity.session, str(trace.launch))
 
 
 class AttachedMachine(MonitoredMachine):
@@ -165,6 +179,7 @@ class AttachedMachine(MonitoredMachine):
         expected: Expected | None,
         starter: Process | None = None,
         process: Process | None = None,
+        session: int | None = None,
     ) -> None:
         super().__init__(lambda: self._monitor(settings.command_timeout))
         self._folder = folder
@@ -174,6 +189,7 @@ class AttachedMachine(MonitoredMachine):
         self._expected = expected
         self._starter = starter
         self._process = process
+        self._session = session
         self._over = False
         self._decided = asyncio.Event()  # whether there is a machine: one has come, or none will
         if process is not None:
@@ -183,7 +199,7 @@ class AttachedMachine(MonitoredMachine):
     def identity(self) -> MachineId | None:
         """See `Machine`."""
         if self._process is not None:
-            return self._process.identity
+            return replace(self._process.identity, session=self._session)
         if self._starter is None:
             return None
         command = self._starter.identity
@@ -294,6 +310,9 @@ class AttachedMachine(MonitoredMachine):
             await self._process.end(grace)
         if self._starter is not None:
             await self._starter.end(grace)
+        elif self._session is not None:
+            # Of a former run of the agent. By now the number may be another's, but not with the launch's mark.
+            await end_family(self._session, str(self._launch))
         self._over = True
         self._decided.set()
 

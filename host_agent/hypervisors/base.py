@@ -63,12 +63,14 @@ class MachineId:
         start_time: field 22 of /proc/PID/stat, clock ticks since boot; does not change over execve.
         boot_id: of the kernel's run, a UUID.
         starter: it is the command that starts the machine, and the machine itself was not seen yet.
+        session: of the command that started it; None where nobody of ours did.
     """
 
     pid: int
     start_time: int
     boot_id: str
     starter: bool = False
+    session: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

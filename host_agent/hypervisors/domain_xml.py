@@ -60,6 +60,8 @@ def check_domain(where: str, text: str) -> None:
         raise _bad(where, "<os><type> must be hvm")
     if system.get("firmware") is not None:
         raise _bad(where, f"<os firmware>: {_REFUSED['os/firmware']}")
+    if domain.find("features/acpi") is None:
+        raise _bad(where, "needs <features><acpi/></features>: libvirt gives no flash image to a machine without it")
     for key in ("kernel", "initrd"):
         named = system.findtext(key)
         if named is not None and not PurePath(named.strip()).is_absolute():

@@ -63,17 +63,22 @@ class Inputs:
     def remove(self) -> None:
         """Remove them; the machine has read them, or is not to."""
         for name in _NAMES:
-            with suppress(OSError):
-                (self.folder / name).unlink(missing_ok=True)
+            for path in (self.folder / name, self._unfinished(name)):
+                with suppress(OSError):
+                    path.unlink()
 
     def _write(self, name: str, data: bytes) -> None:
         """A new file that nobody else can open; it appears whole, and an old one of that name is not followed."""
-        new = self.folder / f"{name}.new"
+        new = self._unfinished(name)
         new.unlink(missing_ok=True)
         descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         with open(descriptor, "wb") as file:  # noqa: PTH123 -- from a descriptor
             file.write(data)
         new.replace(self.folder / name)
+
+    def _unfinished(self, name: str) -> Path:
+        """What a file is called until it is whole; it stays where the agent dies meanwhile."""
+        return self.folder / f"{name}.new"
 
 
 def _failed(why: str) -> PlatformFailed:

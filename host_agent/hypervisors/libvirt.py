@@ -220,9 +220,11 @@ class LibvirtMachine:
             self._given_up = True
             if not self._asked:
                 self._created.set()  # libvirt could not be reached, and will not be asked any more
+        # Looked at before the domain is looked for: it may come into being in between.
+        created = self._created.is_set()
         with suppress(NoDomain):
             await self._calls.run("destroy", lambda connection: self._lookup(connection).destroy())
-        if not self._created.is_set():
+        if not created:
             raise Unavailable(Reason.PLATFORM_UNAVAILABLE, "libvirt: the domain may still come into being")
         self._set_gone()
 

@@ -244,9 +244,7 @@ class Custody:
         self._machines.pop(launch.launch_id, None)
         if machine is not None:
             machine.close()
-        # What the machine said last helps whoever wonders why it failed.
-        keep = {LOG} if launch.state is _S.FAILED else set()
-        await asyncio.to_thread(self._ledger.folders.clear, launch.launch_id, keep=keep)
+        await self.clear(launch)
         self.observe("end: done", launch.launch_id)
         self._log.info(
             "launch.ended",
@@ -257,6 +255,12 @@ class Custody:
             text=None if failure is None else failure.message,
         )
         return launch
+
+    async def clear(self, launch: Launch) -> None:
+        """Remove the files of a launch that has ended."""
+        # What the machine said last helps whoever wonders why it failed.
+        keep = {LOG} if launch.state is _S.FAILED else set()
+        await asyncio.to_thread(self._ledger.folders.clear, launch.launch_id, keep=keep)
 
 
 async def _dying(machine: Machine) -> bool:

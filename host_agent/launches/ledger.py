@@ -102,6 +102,10 @@ class Ledger:
         """Every launch that has not ended."""
         return [launch for launch in self._launches.values() if not launch.is_final]
 
+    def ended(self) -> list[Launch]:
+        """Every launch that has ended and is not forgotten yet."""
+        return [launch for launch in self._launches.values() if launch.is_final]
+
     def of_guest(self, guest: str) -> Launch | None:
         """The launch that the guest is busy with."""
         return next((launch for launch in self.unfinished() if launch.guest == guest), None)
@@ -159,7 +163,7 @@ class Ledger:
 
     async def forget_old(self, *, now: datetime, age_limit: timedelta, count_limit: int) -> int:
         """Remove final launches that are too old, and the oldest of too many; returns how many."""
-        final = sorted((launch for launch in self._launches.values() if launch.is_final), key=_ended, reverse=True)
+        final = sorted(self.ended(), key=_ended, reverse=True)
         old = [launch for i, launch in enumerate(final) if i >= count_limit or now - launch.update_time > age_limit]
         for launch in old:
             await asyncio.to_thread(self.folders.remove, launch.launch_id)

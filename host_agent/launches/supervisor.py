@@ -71,6 +71,9 @@ class Supervisor:
             InvalidInput: a record cannot be read; names the file.
         """
         await asyncio.to_thread(self._ledger.load)
+        for launch in self._ledger.ended():
+            # The agent may have died before it did.
+            await self._custody.clear(launch)
         unfinished = self._ledger.unfinished()
         await asyncio.gather(*(self._recover(launch.launch_id) for launch in unfinished))
         if unfinished:

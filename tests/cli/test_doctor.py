@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,31 +15,13 @@ from host_agent.cli import main
 from tests.support.agent_site import Site, agent_site
 from tests.support.hosts import HOSTS
 from tests.support.pki import Pki
-from tests.support.platform import SEVATTEST, Platform, running_platform
+from tests.support.platform import SEVATTEST, running_platform
 from tests.support.qmp import running_machine
 from tests.support.sev_host import make_host
 from tests.support.stages import short_folder
 
 LINE = re.compile(r"(PASS|WARN|FAIL|SKIP) ([\w.-]+): .*[^.\n]\n")
 ADVICE = re.compile(r" {5}advice: .*[^.\n]\n")
-
-
-@pytest.fixture(scope="module")
-def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
-    with running_platform(tmp_path_factory.mktemp("p")) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
-    return Pki(tmp_path_factory.mktemp("pki"))
-
-
-@pytest.fixture
-def site(platform: Platform, pki: Pki) -> Iterator[Site]:
-    with agent_site(platform, pki) as made:
-        made.write_config()
-        yield made
 
 
 def doctor(*words: object) -> int:

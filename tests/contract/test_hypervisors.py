@@ -8,7 +8,7 @@ restarts, nobody else's machine).
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -37,7 +37,7 @@ from tests.support.agent import ALICE, QUICK, Rig
 from tests.support.agent_site import ES, PLAIN, SECRET_ID, Owner
 from tests.support.eventually import until
 from tests.support.machine_kinds import CMDLINE, CPU, VCPUS, Kind, builtin, front
-from tests.support.platform import Platform, running_platform
+from tests.support.platform import Platform
 from tests.support.plays import agent, staged
 from tests.support.real_qemu import installed_qemu
 from tests.support.stages import STAGES, Stage, short_folder
@@ -46,12 +46,6 @@ from tests.support.stages import STAGES, Stage, short_folder
 @pytest.fixture(params=list(STAGES))
 def driver(request: pytest.FixtureRequest) -> str:
     return str(request.param)
-
-
-@pytest.fixture(scope="module")
-def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
-    with running_platform(tmp_path_factory.mktemp("p")) as running:
-        yield running
 
 
 @dataclass

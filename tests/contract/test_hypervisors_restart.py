@@ -15,9 +15,9 @@ import pytest
 
 from common.errors import OutcomeUnknown, PlatformFailed, Reason, WrongState
 from host_agent.launches.state import LaunchState as S
-from tests.support.agent import ALICE, HEADER, PAYLOAD, QUICK, FakeDevice, Rig, alive
+from tests.support.agent import ALICE, HEADER, PAYLOAD, QUICK, FakeDevice, Rig, alive, machines_live_on
 from tests.support.eventually import until
-from tests.support.plays import SOON, WITH_A_PLACE, Play, agent, play
+from tests.support.plays import NOW, WITH_A_PLACE, Play, agent, play
 from tests.support.stages import STAGES, LibvirtStage
 
 
@@ -30,6 +30,7 @@ def driver(request: pytest.FixtureRequest) -> str:
 async def test_a_packet_whose_answer_is_lost_is_unknown_and_the_same_bytes_heal_it(
     driver: str, outcome: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    machines_live_on(monkeypatch)
     async with play(driver, monkeypatch) as act:
         launch = await act.up_to(S.MEASURED)
         _lose(act, "sev-inject-launch-secret", effect=outcome == "done")
@@ -216,7 +217,7 @@ async def test_an_ended_launch_ends_nothing_any_more(driver: str, monkeypatch: p
 async def test_a_monitor_of_another_user_is_not_believed_and_its_process_not_touched(
     driver: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with play(driver, monkeypatch, settings=SOON) as act:
+    async with play(driver, monkeypatch, settings=NOW) as act:
         place = act.stage.root / "q" if driver == "attach" else act.stage.root / "pve" / "100.qmp"
         act.stage.root.chmod(0o777)
         code = (

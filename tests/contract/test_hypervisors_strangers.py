@@ -166,3 +166,25 @@ async def test_files_that_a_dead_agent_left_are_gone_when_it_is_back(
             [machine] = act.stage.machines()
             await second.runner.abort(ALICE, launch.launch_id, act.rig.order().request_id)
             assert not alive(machine)
+
+
+@pytest.mark.parametrize("driver", ["qemu", "attach", "attach-command", "proxmox"])
+async def test_files_of_a_launch_that_had_just_ended_when_the_agent_died_are_gone_when_it_is_back(
+    driver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: object, **__: object) -> None:
+        raise asyncio.CancelledError
+
+    async with play(driver, monkeypatch, settings=SOON) as act:
+        act.script.set(sev={"policy": 0})
+        monkeypatch.setattr(act.rig.folders, "clear", die)
+        with suppress(asyncio.CancelledError):
+            await act.start()
+        assert act.launch.state is S.FAILED
+        folder = act.rig.folders.folder(act.launch.launch_id)
+        await act.rig.leave()
+        async with agent(act.stage, settings=SOON) as second:
+            assert second.now(act.launch).state is S.FAILED
+            assert launch_files(act) == []
+            log = set() if driver == "attach" else {"machine.log"}
+            assert {path.name for path in folder.iterdir()} == {"record.json", *log}

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.support.kill_table import rows
+from tests.support.platform import Platform
 from tests.support.postgres import own_postgres_server, postgres_server
+from tests.support.sev_host import Host, make_bootable_host
 
 __all__ = ["own_postgres_server", "postgres_server"]
+
+
+@pytest.fixture
+def host(tmp_path: Path, platform: Platform) -> Host:
+    """A host whose guest can be launched with a real QEMU."""
+    return make_bootable_host(tmp_path, platform)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -15,15 +15,9 @@ from sevattest.v1 import host_agent_service_pb2 as pb
 from tests.support.agent_site import Owner, Site
 from tests.support.dev_sev_site import DevSevSite, dev_sev_site
 from tests.support.pki import Pki
-from tests.support.platform import Platform, running_platform
+from tests.support.platform import Platform
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
-    with running_platform(tmp_path_factory.mktemp("p")) as running:
-        yield running
 
 
 @pytest.fixture

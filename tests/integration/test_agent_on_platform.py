@@ -19,12 +19,10 @@ import pytest
 from common.errors import (
     InvalidInput,
     NotFound,
-    OutcomeUnknown,
     PlatformFailed,
     Reason,
     Refused,
     SevattestError,
-    Unavailable,
     WrongState,
 )
 from common.sev.certs.sev import SevCertificate
@@ -32,11 +30,9 @@ from common.sev.report import AttestationReport
 from common.sev.secret import SecretPacket
 from host_agent.launches.state import FINAL
 from sevattest.v1 import host_agent_service_pb2 as pb
-from tests.support.agent_site import ES, PLAIN, REPOSITORY, SECRET_ID, Caller, Owner, Site, agent_site
+from tests.support.agent_site import ES, PLAIN, REPOSITORY, SECRET_ID, Caller, Owner, Site
 from tests.support.eventually import until
 from tests.support.kill_table import KILLED
-from tests.support.pki import Pki
-from tests.support.platform import Platform, running_platform
 
 pytestmark = pytest.mark.slow
 
@@ -61,23 +57,6 @@ POINTS = [
 ]
 END_POINTS = ["end: written down", "end: machine gone", "end: done"]
 FINAL_STATES = {pb.GuestLaunchState.Value(f"GUEST_LAUNCH_STATE_{state}") for state in FINAL}
-
-
-@pytest.fixture(scope="module")
-def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
-    with running_platform(tmp_path_factory.mktemp("p")) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
-    return Pki(tmp_path_factory.mktemp("pki"))
-
-
-@pytest.fixture
-def site(platform: Platform, pki: Pki) -> Iterator[Site]:
-    with agent_site(platform, pki) as made:
-        yield made
 
 
 def said(owner: Owner) -> str:
@@ -330,18 +309,6 @@ async def test_the_agents_memory_and_log_hold_no_secret(site: Site) -> None:
             assert not any(canary in kept or canary.hex().encode() in kept for canary in canaries)
 
 
-async def _continue(site: Site, caller: Caller, owner: Owner) -> pb.GuestLaunch:
-    """What an orchestrator does after a crash: the same requests again, from the first; gives up on a launch's end."""
-    for _ in range(5):
-        try:
-            return await caller.whole(owner, site.shape())
-        except (OutcomeUnknown, Unavailable):
-            continue
-        except SevattestError:
-            return await caller.get(owner)
-    raise AssertionError("the launch went nowhere")
-
-
 async def _given_up(site: Site, caller: Caller, owner: Owner, *, inject: bool) -> None:
     """A launch that is never resumed."""
     await caller.start(owner)
@@ -370,7 +337,7 @@ async def test_after_a_kill_at_any_point_the_guest_runs_attested_or_does_not_run
         assert point in {"resume: answered", "resume: done"}
 
     async with site.caller(site.start()) as caller:
-        launch = await _continue(site, caller, owner)
+        launch = await caller.whole_again(owner, site.shape())
         if launch.state == pb.GUEST_LAUNCH_STATE_RESUMED:
             assert len(site.machines()) == 1
             await until_read(site, owner)

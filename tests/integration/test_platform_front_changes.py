@@ -3,34 +3,18 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from tests.support.platform import Platform, running_platform
 from tests.support.qmp import TIMEOUT, QmpClient, running_machine
-from tests.support.real_qemu import EACH_QEMU, qemu, small_kernel, version_of
-from tests.support.sev_host import Host, blob_of, make_host, packet_for
+from tests.support.real_qemu import EACH_QEMU, qemu, version_of
+from tests.support.sev_host import Host, blob_of, packet_for
 
 __all__ = ["qemu"]  # a fixture
 INJECT = "sev-inject-launch-secret"
 CPU = {"driver": "EPYC-Rome-x86_64-cpu", "id": "late", "socket-id": 0, "core-id": 1, "thread-id": 0}
 RUNNING = "SEV: Not in correct state. (LSECRET) 3"
 HASHES_AT = 0x810C00
-
-
-@pytest.fixture(scope="module")
-def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
-    with running_platform(tmp_path_factory.mktemp("platform") / "p") as served:
-        yield served
-
-
-@pytest.fixture
-def host(tmp_path: Path, platform: Platform) -> Host:
-    made = make_host(tmp_path, platform)
-    (tmp_path / "kernel").write_bytes(small_kernel())
-    return made
 
 
 def words(host: Host, program: str, *more: str) -> list[str]:

@@ -12,7 +12,6 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,24 +19,11 @@ import pytest
 from emulator.firmware_image import build_image
 from tests.support.platform import Platform, running_platform
 from tests.support.qmp import TIMEOUT, QmpClient, running_machine
-from tests.support.real_qemu import EACH_QEMU, qemu, small_kernel, version_of
+from tests.support.real_qemu import EACH_QEMU, qemu, version_of
 from tests.support.sev_host import Host, ask_device, b64, blob_of, guests, make_host, packet_for, wait_for_no_guest
 
 __all__ = ["qemu"]  # a fixture
 INJECT = "sev-inject-launch-secret"
-
-
-@pytest.fixture(scope="module")
-def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
-    with running_platform(tmp_path_factory.mktemp("platform") / "p") as served:
-        yield served
-
-
-@pytest.fixture
-def host(tmp_path: Path, platform: Platform) -> Host:
-    made = make_host(tmp_path, platform)
-    (tmp_path / "kernel").write_bytes(small_kernel())
-    return made
 
 
 def arguments(host: Host, *more: str) -> list[str]:

@@ -15,19 +15,13 @@ from typing import Any
 
 import pytest
 
-from tests.support.platform import Platform, running_platform
+from tests.support.platform import Platform
 from tests.support.qmp import TIMEOUT, QmpClient
-from tests.support.real_qemu import EACH_QEMU, qemu, small_kernel, version_of
-from tests.support.sev_host import Host, guests, make_host, wait_for_no_guest
+from tests.support.real_qemu import EACH_QEMU, qemu, version_of
+from tests.support.sev_host import Host, guests, make_bootable_host, make_host, wait_for_no_guest
 
 __all__ = ["qemu"]  # a fixture
 SAID = b'{"execute": "qmp_capabilities"}{"execute": "query-sev", "id": "sev"}'
-
-
-@pytest.fixture(scope="module")
-def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
-    with running_platform(tmp_path_factory.mktemp("platform") / "p") as served:
-        yield served
 
 
 @pytest.fixture
@@ -391,8 +385,7 @@ def test_a_daemon_that_cannot_begin_says_why(host: Host, qemu: str) -> None:
 @EACH_QEMU
 def test_a_whole_line_of_proxmox_ve_is_understood(host: Host, qemu: str, platform: Platform, tmp_path: Path) -> None:
     # What `qm showcmd` prints for a guest with q35 and OVMF, with the edits that a launch with SEV by hand needs.
-    host = make_host(tmp_path, platform, 0x5)
-    (tmp_path / "kernel").write_bytes(small_kernel())
+    host = make_bootable_host(tmp_path, platform, 0x5)
     (tmp_path / "vars").write_bytes(bytes(528 << 10))
     with (tmp_path / "disk").open("wb") as disk:
         disk.truncate(1 << 20)

@@ -19,8 +19,9 @@ from pathlib import Path
 import pytest
 
 from emulator.firmware_image import SECRET_AREA
+from tests.support.agent import open_descriptors
 from tests.support.fw_cfg import read_memory
-from tests.support.platform import Platform, running_platform
+from tests.support.platform import Platform
 from tests.support.qmp import TIMEOUT, QmpClient, running_machine
 from tests.support.qmp_inputs import MALFORMED, NO_JSON, ODD_IDS
 from tests.support.real_qemu import EACH_QEMU, qemu, version_of
@@ -33,12 +34,6 @@ CAPABILITIES = b'{"execute": "qmp_capabilities"}'
 FENCE = b'\xff\n{"execute": "query-version", "id": "fence"}\n'
 # What two processes cannot have alike, and what only one of them has.
 VARIES = re.compile(rb'"(?:seconds|microseconds|thread-id|pid)": \d+|unix:[^"]*|/[^" ]*/')
-
-
-@pytest.fixture(scope="module")
-def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
-    with running_platform(tmp_path_factory.mktemp("platform") / "p") as served:
-        yield served
 
 
 class Pair:
@@ -307,16 +302,13 @@ def test_a_client_that_says_all_and_hangs_up_is_answered_all(pair: Pair) -> None
 
 @EACH_QEMU
 def test_many_clients_leave_no_descriptor_behind(tmp_path: Path, platform: Platform, qemu: str) -> None:
-    def descriptors(pid: int) -> int:
-        return len(list(Path(f"/proc/{pid}/fd").iterdir()))
-
     there = guests(platform)
     host = make_host(tmp_path, platform)
     words = [*platform.front(qemu), *host.arguments("-display", "none")]
     with running_machine(words, host.qmp) as machine:
         with QmpClient(host.qmp) as client:
             client.negotiate()
-            before = descriptors(machine.pid)
+            before = open_descriptors(machine.pid)
         for number in range(200):
             with QmpClient(host.qmp) as client:
                 if number % 4:
@@ -329,7 +321,7 @@ def test_many_clients_leave_no_descriptor_behind(tmp_path: Path, platform: Platf
         with QmpClient(host.qmp) as client:
             client.negotiate()
             deadline = time.monotonic() + TIMEOUT
-            while descriptors(machine.pid) > before:
+            while open_descriptors(machine.pid) > before:
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
             assert guests(platform) == there + 1
@@ -345,7 +337,7 @@ def test_a_client_that_never_reads_cannot_keep_the_machine_from_its_end(
     words = [*platform.front(qemu), *host.arguments("-display", "none")]
     with running_machine(words, host.qmp) as machine, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
         client.connect(str(host.qmp))
-        client.settimeout(1)
+        client.settimeout(0.3)
         client.sendall(CAPABILITIES)
         with contextlib.suppress(TimeoutError):
             while True:

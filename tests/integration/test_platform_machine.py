@@ -10,7 +10,6 @@ import socket
 import struct
 import subprocess
 import time
-from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from common.sev.certs.sev import SevCertificate
 from common.sev.measurement import MeasurementBlob
 from common.sev.report import AttestationReport
 from emulator.firmware_image import build_image
+from tests.support.agent import open_descriptors
 from tests.support.platform import Platform, running_platform
 from tests.support.qmp import QmpClient, running_machine
 from tests.support.sev_host import (
@@ -39,12 +39,6 @@ from tests.support.sev_host import (
     wait_for_no_guest,
 )
 from tests.support.vectors import vectors
-
-
-@pytest.fixture(scope="module")
-def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
-    with running_platform(tmp_path_factory.mktemp("platform") / "p") as served:
-        yield served
 
 
 @pytest.mark.parametrize(
@@ -439,16 +433,13 @@ def test_a_client_that_never_pauses_cannot_keep_the_machine_from_its_end(tmp_pat
 
 
 def test_machines_and_connections_that_come_and_go_leave_nothing_behind(tmp_path: Path, platform: Platform) -> None:
-    def descriptors(pid: int) -> int:
-        return len(list(Path(f"/proc/{pid}/fd").iterdir()))
-
     assert platform.process is not None
     wait_for_no_guest(platform)
     host = make_host(tmp_path, platform)
     with running_machine(host.words(), host.qmp) as machine:
         with QmpClient(host.qmp) as client:
             client.negotiate()  # from here on the machine has all that it opens
-            before = descriptors(machine.pid), descriptors(platform.process.pid)
+            before = open_descriptors(machine.pid), open_descriptors(platform.process.pid)
         for number in range(500):
             with QmpClient(host.qmp) as client:
                 if number % 3:
@@ -465,10 +456,10 @@ def test_machines_and_connections_that_come_and_go_leave_nothing_behind(tmp_path
             client.negotiate()
             deadline = time.monotonic() + 30
             # The question itself is a connection, which the platform must have time to close.
-            while descriptors(platform.process.pid) > before[1] or guests(platform) > 1:
+            while open_descriptors(platform.process.pid) > before[1] or guests(platform) > 1:
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
-            while descriptors(machine.pid) > before[0]:
+            while open_descriptors(machine.pid) > before[0]:
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
     wait_for_no_guest(platform)

@@ -18,7 +18,8 @@ import pytest
 
 from emulator.faults import Fault, Faults
 from tests.support import sev_programs
-from tests.support.platform import Platform, platform_in_thread, running_platform
+from tests.support.nobody import NOBODY, copy_ours, nobodys_python, public_folder
+from tests.support.platform import Platform, give_chip, platform_in_thread, running_platform
 from tests.support.raw_sev import CSR, EXPORT, GET_ID, IMPORT, PDH_GEN, PEK_GEN, STATUS, UNTOUCHED
 from tests.support.sev_host import ask_device
 from tests.support.under import TIMEOUT, program_of, run_words, under
@@ -27,13 +28,6 @@ pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or os.uname().machine != "x86_64", reason="seccomp filters are written for x86-64 Linux"
 )
 NOT_ASKED = UNTOUCHED  # the firmware's status where it was not called
-
-
-@pytest.fixture(scope="module")
-def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
-    """One that no test changes."""
-    with running_platform(tmp_path_factory.mktemp("run") / "p") as served:
-        yield served
 
 
 @pytest.fixture
@@ -292,28 +286,27 @@ def test_a_service_that_hides_its_memory_is_served(platform: Platform) -> None:
 def test_it_needs_no_privileges(tmp_path: Path) -> None:
     if os.getuid():
         pytest.skip("all other tests have shown it: this is not root")
-    nobody = 65534
-    try:
-        subprocess.run([sys.executable, "-c", "import emulator.cli"], check=True, user=nobody, group=nobody, env={})
-    except (PermissionError, subprocess.CalledProcessError):
-        pytest.skip("user 65534 cannot read this checkout or its interpreter")
-    with running_platform(tmp_path / "p") as served:
-        for entry in (tmp_path, served.state, served.socket):
-            os.chown(entry, nobody, nobody)
-        for parent in tmp_path.parents:
-            if not parent.stat().st_mode & 1:
-                pytest.skip("user 65534 cannot reach the folder of this test")
-        words = run_words(served, *program_of(sev_programs.hardened))
-        ended = subprocess.run(
-            words,
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT,
-            check=False,
-            user=nobody,
-            group=nobody,
-            extra_groups=[],
-        )
+    python = nobodys_python()
+    give_chip(tmp_path / "p", "milan")
+    with public_folder() as root:
+        copy_ours(root)
+        shutil.copytree(tmp_path / "p", root / "p")
+        with running_platform(root / "p") as served:
+            for entry in (served.state, served.socket):
+                os.chown(entry, NOBODY, NOBODY)
+            words = run_words(served, *program_of(sev_programs.hardened))
+            ended = subprocess.run(
+                [python if word == sys.executable else word for word in words],
+                capture_output=True,
+                text=True,
+                timeout=TIMEOUT,
+                check=False,
+                cwd=root,
+                env={"PYTHONPATH": str(root)},
+                user=NOBODY,
+                group=NOBODY,
+                extra_groups=[],
+            )
     assert (ended.returncode, ended.stdout) == (0, "[1]\n"), ended.stderr
 
 

@@ -6,7 +6,6 @@ import hmac
 import os
 import struct
 import sys
-from collections.abc import Iterator
 from hashlib import sha256
 
 import pytest
@@ -28,12 +27,6 @@ pytestmark = [
 ]
 NOT_ASKED = UNTOUCHED  # the firmware's status where it was not called
 REFUSED_EARLY = ["EINVAL", NOT_ASKED]
-
-
-@pytest.fixture(scope="module")
-def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
-    with running_platform(tmp_path_factory.mktemp("run") / "p") as served:
-        yield served
 
 
 def test_a_launch_goes_step_by_step_and_no_other_way(platform: Platform) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.platform import SEVATTEST, Platform, running_platform
+from tests.support.platform import SEVATTEST, Platform
 from tests.support.under import TIMEOUT, run_words
 
 pytestmark = pytest.mark.skipif(
@@ -36,12 +36,6 @@ while signal.SIGUSR2 not in got:
     signal.pause()
 sys.exit(5)
 """
-
-
-@pytest.fixture(scope="module")
-def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
-    with running_platform(tmp_path_factory.mktemp("run") / "p") as served:
-        yield served
 
 
 def ended(platform: Platform, *program: str) -> tuple[int, str, str]:

@@ -1,6 +1,6 @@
 """Proxmox VE's hookscript by itself: its locks, a launch that hangs, one that is killed.
 
-`sevattest launch` is a shell script here that does what a test says; the shell is the system's `sh`, and `dash`.
+`sevattest launch` is a shell script here that does what a test says; the shell is the system's `sh`, `dash` and `bash`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from tests.support.machine_kinds import REPOSITORY
 
 HOOK = REPOSITORY / "host_agent" / "hookscript" / "sevattest-hookscript"
 VMID = "100"
-SHELLS = [shell for shell in ("sh", "dash") if shutil.which(shell)]
+# One of each kind: `sh` is one of the others.
+SHELLS = sorted(
+    {Path(os.path.realpath(found)).name for shell in ("sh", "dash", "bash") if (found := shutil.which(shell))}
+)
 # A launch that has written the file, as the agent does for it, and goes on until it is told to end.
 GOES_ON = 'touch "$RUN/launch.cfg"; while [ ! -e "$RUN/enough" ]; do sleep 0.02; done'
 HANGS = "while :; do sleep 0.02; done"
@@ -49,9 +52,11 @@ class Hook:
     def __post_init__(self) -> None:
         (self.root / "conf").mkdir()
         (self.root / "conf" / VMID).write_text("web\n--workload\nshop\n")
-        # The script calls itself by its own name, so the shell stands in its first line.
+        # The script calls itself by its own name, so the shell stands in its first line. It waits less for its locks.
         self.script = self.root / "hook"
-        self.script.write_text(HOOK.read_text().replace("#!/bin/sh", f"#!{shutil.which(self.shell)}", 1))
+        text = HOOK.read_text().replace("#!/bin/sh", f"#!{shutil.which(self.shell)}", 1)
+        assert " -w 5" in text
+        self.script.write_text(text.replace(" -w 5", " -w 0.5"))
         self.script.chmod(0o755)
 
     @property
@@ -64,11 +69,11 @@ class Hook:
         program.write_text(f'#!/bin/sh\nRUN={self.run}\necho "$$" >>"$RUN/pids"\necho "$*" >"$RUN/words"\n{body}\n')
         program.chmod(0o755)
 
-    def begin(self, phase: str, timeout: int = 60) -> subprocess.Popen[str]:
+    def begin(self, phase: str, timeout: int = 60, path: str = os.environ["PATH"]) -> subprocess.Popen[str]:
         process = subprocess.Popen(
             [self.script, VMID, phase],
             env={
-                "PATH": os.environ["PATH"],
+                "PATH": path,
                 "SEVATTEST_PROXMOX_CONF": str(self.root / "conf"),
                 "SEVATTEST_PROXMOX_RUN": str(self.root / "run"),
                 "SEVATTEST_PROXMOX_TIMEOUT": str(timeout),
@@ -161,7 +166,7 @@ def test_the_launch_gives_up_before_the_script_does_unless_the_operator_says_oth
 @pytest.mark.parametrize("body", [HANGS, DEAF], ids=["ends-when-told", "must-be-killed"])
 def test_when_pre_start_gives_up_nothing_of_the_launch_goes_on(hook: Hook, body: str) -> None:
     hook.launch_is(f"echo 'begin: soon'; {body}")
-    code, said = hook.phase("pre-start", timeout=1)
+    code, said = hook.phase("pre-start", timeout=0)
     assert code == 1
     assert said == "sevattest: begin: soon\nsevattest: no launch; the machine is not started\n"
     assert [alive(pid) for pid in hook.pids] == [False]
@@ -183,6 +188,38 @@ def test_a_start_that_is_called_off_takes_its_launch_along(hook: Hook, number: s
     assert before.returncode == 1
     assert "no launch; the machine is not started" in said
     assert not alive(hook.pids[0])
+
+
+# What the launch's own process, which opens its log, may have done or not when the signal comes.
+_LOG_GONE = 'until [ -e "$run/launch.log" ]; do :; done; rm "$run/launch.log"; '
+
+
+@pytest.mark.parametrize("first", ["", _LOG_GONE], ids=["at-once", "without-a-log"])
+def test_a_start_that_is_called_off_as_its_launch_begins_takes_it_along(hook: Hook, first: str) -> None:
+    hook.launch_is(HANGS)
+    lines = hook.script.read_text().splitlines(keepends=True)
+    [at] = [number for number, line in enumerate(lines) if line.strip().startswith("setsid ")]
+    hook.script.write_text("".join([*lines[: at + 1], f"{first}kill -s TERM $$\n", *lines[at + 1 :]]))
+    code, said = hook.phase("pre-start")
+    assert code == 1
+    assert "no launch; the machine is not started" in said
+    assert not hook.holds("launching")
+
+
+def test_a_start_that_is_called_off_before_its_launch_leads_a_group_begins_none(hook: Hook) -> None:
+    hook.launch_is(HANGS)
+    slow = hook.root / "bin" / "setsid"
+    slow.parent.mkdir()
+    slow.write_text(f'#!/bin/sh\ntouch {hook.root}/forked\nsleep 1\nexec {shutil.which("setsid")} "$@"\n')
+    slow.chmod(0o755)
+    before = hook.begin("pre-start", path=f"{slow.parent}:{os.environ['PATH']}")
+    until((hook.root / "forked").exists)
+    before.send_signal(signal.SIGTERM)
+    said, _ = before.communicate(timeout=20)
+    assert before.returncode == 1
+    assert "no launch; the machine is not started" in said
+    assert hook.pids == []
+    assert not hook.holds("launching")
 
 
 def test_a_launch_that_is_killed_before_its_file_is_there_ends_pre_start_at_once(hook: Hook) -> None:
@@ -210,7 +247,7 @@ def test_a_launch_that_is_killed_while_post_start_waits_fails_it(hook: Hook) -> 
 def test_a_launch_that_never_ends_does_not_hold_post_start_for_ever(hook: Hook) -> None:
     hook.launch_is(GOES_ON)
     assert hook.phase("pre-start")[0] == 0
-    code, said = hook.phase("post-start", timeout=1)
+    code, said = hook.phase("post-start", timeout=0)
     assert code == 1
     assert said == "sevattest: the launch has not ended in time\n"
     assert alive(hook.pids[0])
@@ -244,6 +281,17 @@ def test_a_start_while_an_earlier_launch_goes_on_makes_no_second_one(hook: Hook)
     assert hook.phase("pre-start") == (1, "sevattest: an earlier launch of this machine has not ended yet\n")
     assert len(hook.pids) == 1
     assert alive(hook.pids[0])
+
+
+def test_a_start_that_follows_one_that_failed_goes_on_with_its_launch(hook: Hook) -> None:
+    hook.launch_is(f"{GOES_ON}; echo 'error: no'; exit 5")
+    assert hook.phase("pre-start") == (0, "")
+    assert hook.phase("pre-start") == (0, "sevattest: the launch of an earlier start goes on\n")
+    assert len(hook.pids) == 1
+    (hook.run / "enough").touch()
+    code, said = hook.phase("post-start")
+    assert code == 5
+    assert said == "sevattest: error: no\nsevattest: the launch failed; the guest has not run\n"
 
 
 def test_a_machine_that_the_agent_starts_is_left_to_it(hook: Hook) -> None:

@@ -70,11 +70,6 @@ def _admin(pki: Pki) -> Listener:
 LISTENERS: dict[str, Callable[[Pki], Listener]] = {"agent": _agent, "launches": _launches, "admin": _admin}
 
 
-@pytest.fixture(scope="module")
-def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
-    return Pki(tmp_path_factory.mktemp("pki"))
-
-
 @asynccontextmanager
 async def _serving(tls: ServerTls, served: list[str]) -> AsyncIterator[str]:
     server = Server(listen="127.0.0.1:0", tls=tls, log=RecordingLog())

@@ -98,11 +98,6 @@ class Site:
         return caught.value
 
 
-@pytest.fixture(scope="module")
-def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
-    return Pki(tmp_path_factory.mktemp("pki"))
-
-
 @asynccontextmanager
 async def serve(pki: Pki, **settings: Any) -> AsyncIterator[Site]:
     log, agent = RecordingLog(), Agent()

@@ -5,7 +5,6 @@ Over both stores, and with a grant whose ledger must be right after every crash;
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import sqlite3
@@ -225,7 +224,8 @@ async def test_a_refusal_that_was_killed_releases_nothing_after_its_repeat(
         async with site.channel(dying.address) as channel:
             stub = site.stub(channel)
             begun = await ask(stub.BeginLaunch, place.begin())
-            request = release(begun, os.urandom(48))
+            # Of a guest that was started without the session, which is explained before all else.
+            request = release(begun, measured(site, begun, tik=bytes(16)))
             await killed(dying, stub.ReleaseSecret, request)
     before.came(still_open=not done, refused=done, begun=1)
     with place.serve() as serving:

@@ -70,13 +70,15 @@ def begin(site: VerifierSite, **changes: Any) -> verifier_service_pb2.BeginLaunc
     return verifier_service_pb2.BeginLaunchRequest(**fields | changes)
 
 
-def measured(site: VerifierSite, begun: Any, digest: bytes | None = None, index: int = 0) -> bytes:
+def measured(
+    site: VerifierSite, begun: Any, digest: bytes | None = None, index: int = 0, tik: bytes | None = None
+) -> bytes:
     if digest is None:
         workload = snapshot(0, read_folder(site.folder / "documents")).workloads["web"][0]
         digest = prepare(workload, ArtefactShelf()).references[index].digest
     keys = psp.open_channel(pdh_key=site.platform.keys.pdh, godh=begun.godh, session=begun.session, policy=begun.policy)
     nonce = os.urandom(16)
-    return psp.measure(keys.tik, (1, 55), 24, begun.policy, digest, nonce) + nonce
+    return psp.measure(tik or keys.tik, (1, 55), 24, begun.policy, digest, nonce) + nonce
 
 
 def release(begun: Any, blob: bytes, **changes: Any) -> verifier_service_pb2.ReleaseSecretRequest:

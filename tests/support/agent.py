@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
+import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from common.errors import SevattestError
@@ -23,6 +24,7 @@ from host_agent.devices import PlatformStatus
 from host_agent.hypervisors.base import GuestDefinition, Hypervisor
 from host_agent.hypervisors.monitored import QemuSettings
 from host_agent.hypervisors.qemu import QemuHypervisor
+from host_agent.launches import custody
 from host_agent.launches.custody import Custody
 from host_agent.launches.launch import Launch
 from host_agent.launches.ledger import Ledger
@@ -242,6 +244,11 @@ async def rig(folder: Path, **options: Any) -> AsyncIterator[Rig]:
         await made.leave()
 
 
+def machines_live_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the agent not wait long whether a machine whose monitor broke off dies; for tests in which it does not."""
+    monkeypatch.setattr(custody, "_DYING", 0.05)
+
+
 def pid_of(launch: Launch) -> int:
     """The pid of the launch's machine."""
     assert launch.machine is not None
@@ -269,6 +276,6 @@ def strays(folder: Path) -> Iterator[int]:
                 yield int(entry.name)
 
 
-def open_descriptors() -> int:
-    """How many descriptors this process has open."""
-    return len(list(Path("/proc/self/fd").iterdir()))
+def open_descriptors(pid: int | None = None) -> int:
+    """How many descriptors a process has open; this one, if none is named."""
+    return len(list(Path(f"/proc/{pid or 'self'}/fd").iterdir()))

@@ -22,6 +22,7 @@ from uuid import UUID, uuid4
 
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from common.errors import OutcomeUnknown, SevattestError, Unavailable
 from common.ids import step_request_id
 from common.rpc.client import call, open_channel
 from common.rpc.identity import Role
@@ -125,18 +126,11 @@ class Site:
         self.boots_directly = True
         self.more_args: list[str] = []
         self.services: list[Service] = []
+        self.path = [str(REPOSITORY)]
 
     def write_config(self) -> None:
         """Write `agent.toml`."""
         agent = self.pki.issue(Role.AGENT, ip=["127.0.0.1"])
-        boot = ("-kernel", str(self.kernel), "-initrd", str(self.initrd), "-append", CMDLINE)
-        args = [
-            *("-machine", "q35", "-cpu", CPU, "-smp", str(self.vcpus), "-m", "256M"),
-            *("-nodefaults", "-no-user-config", "-display", "none"),
-            *(boot if self.boots_directly else ()),
-            *("-serial", f"file:{self.serial}"),
-            *self.more_args,
-        ]
         device = 'driver = "dev_sev"' if self.by_ioctl else f'driver = "socket"\npath = "{self.platform.socket}"'
         self.config.write_text(
             f"""\
@@ -155,12 +149,25 @@ socket = "health.sock"
 {_lines(self.qemu)}
 [launches]
 {_lines(self.settings)}
+{self.guest()}
+"""
+        )
+
+    def guest(self) -> str:
+        """The guest's part of `agent.toml`, with what its driver has besides."""
+        boot = ("-kernel", str(self.kernel), "-initrd", str(self.initrd), "-append", CMDLINE)
+        args = [
+            *("-machine", "q35", "-cpu", CPU, "-smp", str(self.vcpus), "-m", "256M"),
+            *("-nodefaults", "-no-user-config", "-display", "none"),
+            *(boot if self.boots_directly else ()),
+            *("-serial", f"file:{self.serial}"),
+            *self.more_args,
+        ]
+        return f"""\
 [guests.web]
 program = {json.dumps(self.program)}
 firmware = "{self.firmware}"
-args = {json.dumps(args)}
-"""
-        )
+args = {json.dumps(args)}"""
 
     def use_dev_sev(self) -> None:
         """Configure the ioctl's driver. Under `platform run` nothing is pinned, whatever the guest's size."""
@@ -189,7 +196,7 @@ args = {json.dumps(args)}
             command += ["serve", "--config", str(self.config)]
         else:
             command = [sys.executable, "-m", "tests.support.agent_with_faults", str(self.config), point]
-        environ = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+        environ = {**os.environ, "PYTHONPATH": os.pathsep.join(self.path)}
         service = Service("sev-host-agent", command, logs=self.root, environ=environ)
         self.services.append(service)
         service.start()
@@ -296,6 +303,17 @@ class Caller:
         packet = owner.release(await self.measure(owner), shape)
         await self.inject(owner, packet)
         return await self.resume(owner)
+
+    async def whole_again(self, owner: Owner, shape: LaunchShape) -> pb.GuestLaunch:
+        """What an orchestrator does after a crash: the same requests from the first; gives up on a launch's end."""
+        for _ in range(5):
+            try:
+                return await self.whole(owner, shape)
+            except (OutcomeUnknown, Unavailable):
+                continue
+            except SevattestError:
+                return await self.get(owner)
+        raise AssertionError("the launch went nowhere")
 
     def _ids(self, owner: Owner, step: str) -> dict[str, str]:
         return {"request_id": str(step_request_id(owner.launch_id, step)), "launch_id": str(owner.launch_id)}

@@ -1,15 +1,14 @@
 """A software SEV platform for tests: as a real process, or in a thread of this one where a test injects faults.
 
-A chip's RSA keys take seconds to make. They are made once per test run and generation, next to the tests' temporary
-folders (`…/pytest-N/chips/<generation>`), and copied from there. Two workers that start at once both make one; the
-first rename wins and the other's is dropped.
+A chip's RSA keys take seconds to make. They are made once per test run and generation, in the folder that `keep_chips`
+names, and copied from there. Two workers that start at once both make one; the first rename wins and the other's is
+dropped.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
 import shutil
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from emulator.faults import Faults
 from emulator.keys import GENERATIONS, make_chip
 
 SEVATTEST = (sys.executable, "-c", "import sys; from orchestrator.cli import main; sys.exit(main())")
-_RUN_FOLDER = re.compile(r"pytest-\d+")
+_chips: list[Path] = []  # where this run keeps its chips
 _START_TIMEOUT = 60.0  # seconds; generous, since a loaded machine may have to make RSA keys first
 
 
@@ -142,18 +141,21 @@ def platform_in_thread(
             raise failure[0]
 
 
+def keep_chips(folder: Path) -> None:
+    """Make this run's chips in `folder`."""
+    folder.mkdir(exist_ok=True)
+    _chips.append(folder)
+
+
 def give_chip(state_dir: Path, generation: str) -> None:
     """Put a ready-made chip of this test run into `state_dir`, unless there is one."""
     state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     chip = state_dir / "chip"
     if chip.exists():
         return
-    run = next((parent for parent in state_dir.parents if _RUN_FOLDER.fullmatch(parent.name)), None)
-    if run is None:
-        return  # not below pytest's folder: the platform makes its own
-    chips = run / "chips"
-    chips.mkdir(exist_ok=True)
-    made = chips / generation
+    if not _chips:
+        return  # outside of a test run: the platform makes its own
+    made = _chips[-1] / generation
     if not made.is_dir():
         with contextlib.suppress(OSError):  # another worker was first
             make_chip(made, GENERATIONS[generation])

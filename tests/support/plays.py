@@ -22,6 +22,8 @@ from tests.support.real_qemu import small_kernel
 from tests.support.stages import STAGES, LibvirtStage, Stage, short_folder
 
 SOON = replace(QUICK, start_timeout=2, command_timeout=1, stop_timeout=1)
+# For machines from which nothing is expected.
+NOW = replace(QUICK, start_timeout=1, command_timeout=0.2, stop_timeout=0.5)
 RUNNING: dict[str, Any] = {"run": {"status": "running", "running": True}, "sev": {"state": "running"}}
 WITH_A_PLACE = [name for name, stage in STAGES.items() if stage.has_a_place]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+_ACCEPTS = "00010000"  # __SO_ACCEPTCON, linux/net.h
 TIMEOUT = 30.0  # seconds; a reply takes milliseconds, a loaded machine longer
 
 
@@ -109,13 +110,21 @@ def _connected(path: Path) -> socket.socket:
             return client
 
 
+def is_listening(path: Path) -> bool:
+    """Whether somebody listens at a socket; nobody is connected to."""
+    # Num RefCount Protocol Flags Type St Inode Path: net/unix/af_unix.c, unix_seq_show.
+    sockets = (line.split(maxsplit=7) for line in Path("/proc/net/unix").read_text().splitlines())
+    return any(len(words) == 8 and words[3] == _ACCEPTS and words[7] == str(path) for words in sockets)
+
+
 @contextmanager
 def running_machine(words: Sequence[str], qmp: Path) -> Iterator[subprocess.Popen[str]]:
     """Start a machine, wait until its QMP socket listens, and end it in any case."""
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + TIMEOUT
-        while not qmp.exists():
+        # Both: a machine before it, which was killed, may be listening for a moment at a place that is no more.
+        while not (qmp.exists() and is_listening(qmp)):
             if process.poll() is not None or time.monotonic() > deadline:
                 process.kill()
                 raise AssertionError(f"the machine did not start: {process.communicate()}")

@@ -24,6 +24,7 @@ from common.sev.session import LaunchKeys, open_session
 from emulator.firmware_image import build_image
 from tests.support.platform import Platform
 from tests.support.qmp import QmpClient
+from tests.support.real_qemu import small_kernel
 
 FIRMWARE = FirmwareVersion(1, 55, 24)
 GUID = UUID("736869e5-84f0-4973-92ec-06879ce3da0b")
@@ -100,6 +101,13 @@ def make_host(folder: Path, platform: Platform, policy: int = 0xF, pdh: SevCerti
     (folder / "kernel").write_bytes(b"a kernel" * 1000)
     (folder / "initrd").write_bytes(b"an initrd" * 1000)
     return Host(folder, platform, policy, keys)
+
+
+def make_bootable_host(folder: Path, platform: Platform, policy: int = 0xF) -> Host:
+    """The same, with a kernel that a real QEMU takes for one."""
+    host = make_host(folder, platform, policy)
+    (folder / "kernel").write_bytes(small_kernel())
+    return host
 
 
 def ask_device(platform: Platform, command: int, payload: bytes) -> bytes:

@@ -20,6 +20,7 @@ from common.errors import OutcomeUnknown, Reason, SevattestError
 from common.ids import step_request_id
 from common.rpc.client import open_channel
 from common.rpc.tls import ClientTls
+from emulator.keys import DEFAULT_GENERATION
 from orchestrator.demo.site import ORCHESTRATOR, WORKLOAD, HostPlay, Site
 from orchestrator.demo.stack import Stack
 from orchestrator.demo.story import GuestSecret, read_secrets
@@ -27,6 +28,7 @@ from orchestrator.drivers.agent import AgentHost
 from orchestrator.drivers.base import Evidence, Measured, Packet, Session
 from orchestrator.drivers.verifier import VerifierOwner
 from orchestrator.flow import Launch, Order, Outcome, Patience, Step
+from tests.support.platform import give_chip
 
 _T = TypeVar("_T")
 
@@ -49,6 +51,7 @@ def running_stack(
     root = Path(tempfile.mkdtemp(prefix="sevattest-test-"))
     try:
         with Stack(Site(root=root)) as stack:
+            give_chip(stack.site.platform, DEFAULT_GENERATION)
             stack.prepare(impostor=impostor)
             stack.site.write_host(guests, stack.site.impostor if impostor else stack.site.platform)
             edit(stack.site)

@@ -324,7 +324,8 @@ def domain(root: Path) -> str:
     <initrd>{root}/initrd</initrd>
     <cmdline>{CMDLINE}</cmdline>
   </os>
-  <cpu mode='custom' match='exact'><model>{CPU}</model></cpu>
+  <features><acpi/></features>
+  <cpu mode='custom' match='exact' check='none'><model>{CPU}</model></cpu>
   <on_reboot>destroy</on_reboot>
   <devices>
     <serial type='file'><source path='{root}/serial'/></serial>

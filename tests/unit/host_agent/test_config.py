@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -109,6 +111,7 @@ def test_a_guest_is_defined_by_program_firmware_and_arguments(folder: Path) -> N
         ),
         (MINIMAL + GUEST.replace('"--own"', '"a\\u0000b"'), "guests.web.program: holds a zero byte"),
         (MINIMAL + GUEST.replace("OVMF.fd", "nope.fd"), "guests.web.firmware: .*nope.fd: there is no such file"),
+        (MINIMAL + GUEST.replace("OVMF.fd", "o" * 256), "guests.web.firmware: .*o: File name too long"),
         (MINIMAL + GUEST.replace('"-m", "1G"', '"-bios", "x"'), r"guests.web.args\[0\]: -bios is not measured"),
         (
             MINIMAL + GUEST.replace('"-m", "1G"', '"-object", "sev-guest,id=a"'),
@@ -177,6 +180,10 @@ def test_where_proxmox_and_libvirt_are_can_be_said(folder: Path) -> None:
         (ATTACH + "vmid = 100\n", "guests.web.vmid: is a key of the driver proxmox, and the guest has attach"),
         (ATTACH + 'program = ["/bin/true"]\n', "guests.web.program: is a key of the driver qemu"),
         (ATTACH + ATTACH.replace("web", "db"), "guests.db.monitor: .* is the guest web's"),
+        (
+            ATTACH + ATTACH.replace("web", "db").replace("run/", "run/../run/"),
+            "guests.db.monitor: .* is the guest web's",
+        ),
         (PROXMOX.replace("vmid = 100\n", ""), "guests.web.vmid: must be there"),
         (PROXMOX.replace("100", "99"), "guests.web.vmid"),
         (PROXMOX + 'args = ["-m", "1G"]\n', "guests.web.args: is a key of the driver qemu"),
@@ -192,6 +199,37 @@ def test_what_a_driver_cannot_use_is_refused_by_its_key(folder: Path, text: str,
     with pytest.raises(InvalidInput, match=words) as refusal:
         read(folder, MINIMAL + text)
     assert refusal.value.reason is Reason.INVALID_CONFIGURATION
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="no setpriv: install the package util-linux")
+@pytest.mark.parametrize("command", ["check-config", "selftest"])
+def test_a_firmware_in_a_folder_that_this_user_cannot_search_is_a_sentence_with_its_key(
+    folder: Path, command: str
+) -> None:
+    shut = folder / "shut"
+    shut.mkdir()
+    (folder / "OVMF.fd").rename(shut / "OVMF.fd")
+    (folder / "agent.toml").write_text(MINIMAL + GUEST.replace("OVMF.fd", "shut/OVMF.fd"))
+    words = [sys.executable, "-m", "host_agent.cli", command, "--config", str(folder / "agent.toml")]
+    if os.geteuid() == 0:
+        os.chown(shut, 65534, 65534)  # root without root's rights stands for any user
+        words = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search", *words]
+    shut.chmod(0o700 if os.geteuid() == 0 else 0)
+    try:
+        done = subprocess.run(words, check=False, capture_output=True, text=True, timeout=60)
+    finally:
+        shut.chmod(0o700)
+    said = f"sev-host-agent: guests.web.firmware: {shut / 'OVMF.fd'}: Permission denied\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
+
+
+@pytest.mark.parametrize(
+    "text", [GUEST, ATTACH, ATTACH.replace("run/in", "loop/in"), ATTACH.replace("run/q", "loop/q")]
+)
+def test_a_folder_that_is_a_link_to_itself_is_left_to_who_opens_it(folder: Path, text: str) -> None:
+    (folder / "loop").symlink_to("loop")
+    config = read(folder, MINIMAL.replace('"state"', '"loop/state"') + text)
+    assert list(config.definitions()) == ["web"]
 
 
 def test_a_socket_in_the_agents_folder_is_refused_however_it_is_spelt(folder: Path) -> None:
@@ -256,7 +294,7 @@ def test_usage_errors_end_with_2(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_help_imports_no_grpc() -> None:
-    code = "import sys; from host_agent.cli import _parser; _parser(); sys.exit('grpc' in sys.modules)"
+    code = "import sys; from host_agent.cli import _parser; _parser([]); sys.exit('grpc' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

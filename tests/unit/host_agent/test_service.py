@@ -81,11 +81,6 @@ class Served:
     bob: Caller
 
 
-@pytest.fixture(scope="module")
-def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
-    return Pki(tmp_path_factory.mktemp("pki"))
-
-
 @pytest.fixture
 async def served(tmp_path: Path, pki: Pki) -> AsyncIterator[Served]:
     async with (

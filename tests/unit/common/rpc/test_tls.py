@@ -26,11 +26,6 @@ from tests.support.rpc import SettableClock
 NOW = SystemClock().now()
 
 
-@pytest.fixture(scope="module")
-def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
-    return Pki(tmp_path_factory.mktemp("pki"))
-
-
 def _refusal(load: Callable[[], object]) -> str:
     with pytest.raises(InvalidInput) as caught:
         load()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,16 +13,10 @@ from host_agent.app import make_device
 from host_agent.config import DeviceTable
 from host_agent.devices.qmp import QmpDevice
 from host_agent.devices.socket import SocketDevice
-from tests.support.platform import Platform, running_platform
+from tests.support.platform import Platform
 from tests.support.qmp import running_machine
 from tests.support.sev_host import make_host
 from tests.support.stages import short_folder
-
-
-@pytest.fixture(scope="module")
-def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
-    with running_platform(tmp_path_factory.mktemp("p")) as running:
-        yield running
 
 
 @pytest.mark.slow

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -10,7 +12,11 @@ import pytest
 
 from host_agent.doctor.captured import CapturedMachine
 from host_agent.doctor.site import clock, machines_outlive, state_dir
+from host_agent.doctor.this_machine import ThisMachine
 from tests.support.hosts import changed, host, outcomes
+from tests.support.machine_kinds import REPOSITORY
+from tests.support.nobody import NOBODY, become_nobody, public_folder
+from tests.support.under import program_of
 
 NOW = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
 
@@ -42,10 +48,23 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
     assert look(tmp_path / "state")["state_dir.private"] == "FAIL"
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_cannot_be_made_fails(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    assert look(tmp_path / "state")["state_dir.private"] == "FAIL"
+def seen_without_privileges(folder: str) -> dict[str, str]:
+    """In a process of its own: root may write everywhere."""
+    become_nobody()
+    return outcomes([*state_dir(ThisMachine(), Path(folder))])
+
+
+@pytest.mark.parametrize(("mode", "outcome"), [(0o500, "FAIL"), (0o700, "PASS")])
+def test_a_folder_that_cannot_be_made_fails(mode: int, outcome: str) -> None:
+    with public_folder() as root:
+        above = root / "above"
+        above.mkdir()
+        if os.geteuid() == 0:
+            os.chown(above, NOBODY, NOBODY)
+        above.chmod(mode)
+        program = program_of(seen_without_privileges, str(above / "state"))
+        seen = json.loads(subprocess.run(program, capture_output=True, check=True, cwd=REPOSITORY).stdout)
+    assert seen["state_dir.private"] == outcome
 
 
 @pytest.mark.parametrize(

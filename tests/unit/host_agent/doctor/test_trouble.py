@@ -15,7 +15,7 @@ import pytest
 from common.errors import Reason, Unavailable
 from host_agent.doctor import firmware, foreign, guests, kernel, processor, qemu, site
 from host_agent.doctor.examination import Question, examine
-from host_agent.doctor.findings import Finding
+from host_agent.doctor.findings import Finding, Outcome
 from host_agent.doctor.machine import Unreadable
 from tests.support.agent_site import Site, agent_site
 from tests.support.hosts import host, outcomes
@@ -126,6 +126,21 @@ def test_trouble_in_a_group_of_probes_ends_that_group_alone(
     (told,) = [finding for finding in findings if finding.probe == group]
     assert "\n" not in told.seen
     assert "None" not in told.seen
+
+
+@pytest.mark.parametrize(
+    ("driver", "words"),
+    [("socket", "sevattest platform serve"), ("qmp", "docs/hypervisors.md"), ("dev_sev", "dmesg")],
+)
+def test_what_to_do_about_a_platform_that_does_not_answer_is_about_the_configured_device(
+    configured: Site, driver: str, words: str
+) -> None:
+    text = configured.config.read_text()
+    assert 'driver = "socket"' in text
+    configured.config.write_text(text.replace('driver = "socket"', f'driver = "{driver}"'))
+    (told,) = [finding for finding in look(configured.config) if finding.probe == "firmware.answers"]
+    assert told.outcome is Outcome.FAIL
+    assert words in told.advice
 
 
 @pytest.mark.parametrize(("module", "group"), [(processor, "cpu"), (kernel, "kernel")])

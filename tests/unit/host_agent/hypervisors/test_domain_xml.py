@@ -101,6 +101,7 @@ def test_a_firmware_path_with_markup_in_it_stays_text() -> None:
         ("</domain>", f"<qemu:override {QEMU}/></domain>", "not checked"),
         ("type='kvm'", "type='qemu'", "type must be kvm"),
         ("hvm", "xen", "must be hvm"),
+        ("<acpi/>", "", "needs <features><acpi/></features>"),
         ("<name>web</name>", "", "needs a <name>"),
         ("<kernel>/srv/vmlinuz", "<kernel>vmlinuz", "must be an absolute path"),
         ("<domain", "<!DOCTYPE x [<!ENTITY a 'b'>]><domain", "no document type"),

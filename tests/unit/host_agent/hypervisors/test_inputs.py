@@ -68,7 +68,16 @@ def test_what_cannot_be_written_whole_is_not_left_in_part(tmp_path: Path) -> Non
     (inputs.folder / "launch.cfg").mkdir()
     with pytest.raises(PlatformFailed, match="cannot be written"):
         inputs.write(b"godh", b"session", "x")
-    assert not [path for path in inputs.folder.iterdir() if path.is_file() and path.suffix == ".b64"]
+    assert names(inputs.folder) == ["launch.cfg"]
+
+
+def test_what_a_dead_agent_was_writing_is_removed_with_the_rest(tmp_path: Path) -> None:
+    inputs = Inputs(tmp_path / "in")
+    inputs.prepare()
+    for name in [*NAMES, *(f"{name}.new" for name in NAMES), "qmp.sock"]:
+        (inputs.folder / name).touch()
+    inputs.remove()
+    assert names(inputs.folder) == ["qmp.sock"]
 
 
 def test_a_folder_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,20 @@ from common.errors import (
 from host_agent.launches.launch import REQUESTS_MAX
 from host_agent.launches.ledger import GIVEN_UP_MAX
 from host_agent.launches.state import LaunchState as S
-from tests.support.agent import ALICE, BOB, HEADER, PAYLOAD, QUICK, Rig, alive, dh_certificate, pid_of, rig, strays
+from tests.support.agent import (
+    ALICE,
+    BOB,
+    HEADER,
+    PAYLOAD,
+    QUICK,
+    Rig,
+    alive,
+    dh_certificate,
+    machines_live_on,
+    pid_of,
+    rig,
+    strays,
+)
 from tests.support.firmware import secret_entry, with_footer
 from tests.support.rpc import SettableClock
 
@@ -43,8 +56,9 @@ async def agent(tmp_path: Path) -> AsyncIterator[Rig]:
 
 
 @pytest.fixture
-async def hasty(tmp_path: Path) -> AsyncIterator[Rig]:
+async def hasty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Rig]:
     """An agent that waits half a second for an answer."""
+    machines_live_on(monkeypatch)
     async with rig(tmp_path, settings=IMPATIENT) as made:
         yield made
     assert not list(strays(tmp_path))
@@ -291,7 +305,10 @@ class TestGetMeasurement:
         assert failure.value.reason is Reason.GUEST_GONE
         assert agent.now(launch).state is S.FAILED
 
-    async def test_a_monitor_that_closes_under_the_question_leaves_the_launch_as_it_was(self, agent: Rig) -> None:
+    async def test_a_monitor_that_closes_under_the_question_leaves_the_launch_as_it_was(
+        self, agent: Rig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        machines_live_on(monkeypatch)
         launch = await agent.up_to(S.PAUSED)
         agent.script.set(on={"query-sev-launch-measure": [{"do": "close"}]})
         with pytest.raises(Unavailable):
@@ -376,8 +393,9 @@ class TestInjectSecret:
 
     @pytest.mark.parametrize("effect", [True, False])
     async def test_after_an_unknown_outcome_the_same_packet_may_be_sent_again(
-        self, agent: Rig, *, effect: bool
+        self, agent: Rig, monkeypatch: pytest.MonkeyPatch, *, effect: bool
     ) -> None:
+        machines_live_on(monkeypatch)
         launch = await agent.up_to(S.MEASURED)
         agent.script.set(on={"sev-inject-launch-secret": [{"do": "close", "effect": effect}]})
         request_id = uuid4()
@@ -392,7 +410,10 @@ class TestInjectSecret:
         first, second = agent.script.commands("sev-inject-launch-secret")
         assert first == second
 
-    async def test_after_an_unknown_outcome_the_machine_is_looked_at_before_anything_else(self, agent: Rig) -> None:
+    async def test_after_an_unknown_outcome_the_machine_is_looked_at_before_anything_else(
+        self, agent: Rig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        machines_live_on(monkeypatch)
         launch = await agent.up_to(S.MEASURED)
         agent.script.set(on={"sev-inject-launch-secret": [{"do": "close"}]})
         with pytest.raises(OutcomeUnknown):
@@ -456,7 +477,10 @@ class TestResumeGuest:
         assert refusal.value.reason is Reason.WRONG_STATE
         assert not agent.script.commands("cont")
 
-    async def test_a_guest_whose_injection_is_unknown_does_not_run(self, agent: Rig) -> None:
+    async def test_a_guest_whose_injection_is_unknown_does_not_run(
+        self, agent: Rig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        machines_live_on(monkeypatch)
         launch = await agent.up_to(S.MEASURED)
         agent.script.set(on={"sev-inject-launch-secret": [{"do": "close"}]})
         with pytest.raises(OutcomeUnknown):

@@ -28,6 +28,7 @@ from tests.support.agent import (
     FakeDevice,
     Rig,
     alive,
+    machines_live_on,
     pid_of,
     rig,
     strays,
@@ -130,7 +131,10 @@ class TestRestart:
                 await second.runner.start(ALICE, replace(order, policy=5))
             assert len(second.script.started) == 1
 
-    async def test_an_injection_of_unknown_outcome_waits_for_the_same_packet(self, tmp_path: Path) -> None:
+    async def test_an_injection_of_unknown_outcome_waits_for_the_same_packet(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        machines_live_on(monkeypatch)
         first = Rig(tmp_path)
         first.folders.open()
         launch = await first.up_to(S.MEASURED)
@@ -149,8 +153,9 @@ class TestRestart:
 
     @pytest.mark.parametrize(("runs", "then"), [(True, S.RESUMED), (False, S.INJECTED)])
     async def test_a_resumption_of_unknown_outcome_is_settled_by_the_machine(
-        self, tmp_path: Path, *, runs: bool, then: S
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, runs: bool, then: S
     ) -> None:
+        machines_live_on(monkeypatch)
         first = Rig(tmp_path, settings=replace(QUICK, command_timeout=0.5))
         first.folders.open()
         launch = await first.up_to(S.INJECTED)
@@ -324,8 +329,9 @@ class TestLooks:
 
     @pytest.mark.parametrize(("state", "then"), [(S.MEASURED, S.FAILED), (S.INJECTED, S.INJECTED)])
     async def test_a_machine_that_never_says_whether_it_runs_is_ended_unless_it_is_attested(
-        self, tmp_path: Path, state: S, then: S
+        self, tmp_path: Path, state: S, then: S, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        machines_live_on(monkeypatch)
         async with rig(tmp_path, settings=replace(QUICK, command_timeout=0.2)) as agent:
             agent.script.set()
             launch = await agent.up_to(state)
@@ -367,6 +373,7 @@ class TestLooks:
         assert ended.state is S.ABORTED
         assert ended.failure is None
         os.kill(pid_of(launch), signal.SIGKILL)
+        await until(lambda: not alive(pid_of(launch)))
 
     async def test_the_machines_log_is_kept_within_its_bound(self, agent: Rig) -> None:
         agent.script.set(noise=1 << 20)
