@@ -8,10 +8,10 @@ import pytest
 
 from tests.support.kill_table import rows
 from tests.support.platform import Platform
-from tests.support.postgres import own_postgres_server, postgres_server
+from tests.support.postgres import own_postgres_server, postgres_schema, postgres_server
 from tests.support.sev_host import Host, make_bootable_host
 
-__all__ = ["own_postgres_server", "postgres_server"]
+__all__ = ["own_postgres_server", "postgres_schema", "postgres_server"]
 
 
 @pytest.fixture
