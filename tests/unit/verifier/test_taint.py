@@ -7,14 +7,9 @@ guest, unless a well-formed measurement decided it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from random import Random
 from typing import Any
 from uuid import UUID, uuid4
-
-from google.protobuf.message import Message
 
 from common.errors import Reason, SevattestError
 from common.rpc.identity import acting_as, parse_spiffe_id
@@ -22,97 +17,10 @@ from emulator import channel as psp
 from sevattest.v1 import platform_pb2, verifier_service_pb2
 from tests.support.chains import make_platform
 from tests.support.desk import Desk, desk
-from tests.support.documents import CALLER
+from tests.support.documents import CALLER, grant
 from tests.support.documents import workload as document
+from tests.support.taint import cases
 from verifier.service import VerifierServicer
-
-SEED = 20260301
-FLIPS = 24
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """One request with one field changed."""
-
-    path: str
-    how: str
-    request: Any
-
-
-def paths(message: Message, prefix: str = "") -> Iterator[str]:
-    """Every leaf field of a request, also those that are not set."""
-    for field in message.DESCRIPTOR.fields:
-        name = prefix + field.name
-        if field.message_type is not None:
-            yield from paths(getattr(message, field.name), name + ".")
-        else:
-            yield name
-
-
-def changes(value: Any, other: Any, random: Random) -> Iterator[tuple[str, Any]]:
-    """Other values for a field."""
-    if isinstance(value, bytes):
-        for _ in range(FLIPS if value else 0):
-            bit = random.randrange(len(value) * 8)
-            flipped = bytearray(value)
-            flipped[bit // 8] ^= 1 << bit % 8
-            yield f"bit {bit}", bytes(flipped)
-        yield from (
-            ("empty", b""),
-            ("cut", value[:-1]),
-            ("longer", value + b"\0"),
-            ("doubled", value * 2),
-            ("zeros", bytes(len(value))),
-            ("ones", b"\xff" * len(value)),
-            ("random", random.randbytes(len(value) or 64)),
-        )
-    elif isinstance(value, str):
-        yield from (
-            ("empty", ""),
-            ("cut", value[:-1]),
-            ("longer", value + "0"),
-            ("upper", value.upper() + " "),
-            ("braces", "{" + value + "}"),
-            ("path", "../" + value),
-            ("nul", value + "\0"),
-            ("long", "a" * 4096),
-            ("unicode", "\N{GREEK SMALL LETTER ALPHA}" * 3),
-        )
-    else:
-        yield from (
-            (str(number), number)
-            for number in (0, 1, value + 1, abs(value - 1), value ^ 0x80, 255, 256, 256 + value, 2**31 - 1)
-        )
-    if other is not None:
-        yield "another's", other
-
-
-def cases(request: Any, others: dict[str, Any]) -> Iterator[Case]:
-    """The request with each field changed in each way."""
-    random = Random(SEED)  # noqa: S311 -- a test's choice of bits
-    for path in list(paths(type(request)())):
-        *parents, name = path.split(".")
-        holder = request
-        for parent in parents:
-            holder = getattr(holder, parent)
-        value = getattr(holder, name)
-        for how, new in changes(value, others.get(path), random):
-            copy = type(request)()
-            copy.CopyFrom(request)
-            target = copy
-            for parent in parents:
-                target = getattr(target, parent)
-            setattr(target, name, new)
-            if copy != request:
-                yield Case(path=path, how=how, request=copy)
-        copy = type(request)()
-        copy.CopyFrom(request)
-        target = copy
-        for parent in parents:
-            target = getattr(target, parent)
-        target.ClearField(name)
-        if copy != request:
-            yield Case(path=path, how="absent", request=copy)
 
 
 def begin_request(d: Desk, **fields: Any) -> verifier_service_pb2.BeginLaunchRequest:
@@ -222,6 +130,33 @@ async def test_a_changed_begin_is_refused_or_bound_to_the_same_platform_and_poli
                 )
             count += 1
         assert count > 80
+
+
+async def test_a_changed_grant_is_refused_or_the_callers_own_is_spent(tmp_path: Path) -> None:
+    contents = [document(callers=[]), grant("mine", callers=[CALLER], at_once=100), grant("theirs")]
+    async with desk(tmp_path, content=contents) as d:
+        serve = servicer(d)
+        request = begin_request(d)
+        request.grant = "mine"
+        truth = await outcome(serve.BeginLaunch, request)
+        assert truth.session
+        count = 0
+        for case in cases(request, {"grant": "theirs"}):
+            if case.path != "grant":
+                continue
+            case.request.request_id = str(uuid4())
+            got = await outcome(serve.BeginLaunch, case.request)
+            count += 1
+            if case.how == "absent":
+                row = await d.store.launch(UUID(got.launch.launch_id))
+                assert row is not None
+                assert row.grant == "mine"
+                continue
+            assert isinstance(got, SevattestError), case
+            assert got.reason in {Reason.NOT_FOUND, Reason.INVALID_ARGUMENT}, case
+        assert count > 8
+        assert (await d.store.ledger("mine")).open == 2
+        assert (await d.store.ledger("theirs")).open == 0
 
 
 async def test_a_changed_abandon_get_or_report_touches_no_other_launch(tmp_path: Path) -> None:
