@@ -1,4 +1,4 @@
-"""No field of an owner's request makes the verifier fail, whatever is in it, or changes what only reading was asked for.
+"""No field of an owner's request makes the verifier fail, whatever is in it, or changes what was only to be read.
 
 Every request of the owner's service, found by its descriptor, with each field changed in every way: the answer is an
 answer or a refusal of bad input; what reads changes nothing; and a launch under way stays releasable to its own guest.
