@@ -220,6 +220,7 @@ class App:
                 broker=broker,
                 store=self._store,
                 time=dependencies.time,
+                sealing=dependencies.sealing,
                 checkpoints=self._checkpoints,
                 renew=self._library.current,
                 interval=self._config.limits.sweep_interval,

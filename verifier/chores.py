@@ -18,6 +18,7 @@ from common.errors import SevattestError
 from common.sev.certs.roots import Root
 from common.telemetry.log import Log
 from verifier.config import AuditConfig
+from verifier.keys.base import SealingKey
 from verifier.keys.rewrap import Rewrap
 from verifier.keys.signer import Signer
 from verifier.launches.broker import Broker
@@ -78,25 +79,43 @@ async def sweep(
     broker: Broker,
     store: Store,
     time: Timekeeper,
+    sealing: SealingKey,
     checkpoints: Checkpoints,
     renew: Callable[[], Awaitable[object]],
     interval: float,
     ready: Callable[[str, bool], None],
     log: Log,
 ) -> NoReturn:
-    """Ends launches whose time ran out, erases packets a day after release, signs the log, watches the store."""
+    """Ends launches whose time ran out, erases packets a day after release, signs the log.
+
+    Watches what no launch goes on without, too: the store, the clock, the sealing key.
+    """
+
+    async def tend() -> None:
+        await broker.expire_overdue()
+        await store.erase_packets(await time.now() - REPEATS)
+        await store.flush_erased()
+        await store.check()
+        await checkpoints.maybe()
+        await renew()
+
+    async def seal() -> None:
+        sealing.seal(b"", b"sevattest readiness")  # kept nowhere
+
+    watched: tuple[tuple[str, str, Callable[[], Awaitable[object]]], ...] = (
+        ("store", "store.unavailable", tend),
+        ("clock", "clock.behind", time.now_for_decisions),
+        ("keys", "keys.unavailable", seal),
+    )
     while True:
-        try:
-            await broker.expire_overdue()
-            await store.erase_packets(await time.now() - REPEATS)
-            await store.flush_erased()
-            await store.check()
-            await checkpoints.maybe()
-            await renew()
-            ready("store", True)  # noqa: FBT003 -- a cause and whether it holds
-        except SevattestError as error:
-            ready("store", False)  # noqa: FBT003 -- the same
-            log.error("store.unavailable", error=error)  # noqa: TRY400 -- our log's own method
+        for cause, event, look in watched:
+            try:
+                await look()
+                ready(cause, True)  # noqa: FBT003 -- a cause and whether it holds
+            except SevattestError as error:
+                ready(cause, False)  # noqa: FBT003 -- the same
+                log.error(event, error=error)  # noqa: TRY400 -- our log's own method
+                break  # the next one may need it
         await asyncio.sleep(interval)
 
 

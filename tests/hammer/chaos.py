@@ -16,6 +16,7 @@ from tests.support.verifier_process import NotServing, ServingVerifier, Verifier
 
 _POLL_S = 0.005
 _START_S = 60.0
+_SHOWN = 4000  # characters of the log, where something went wrong
 
 
 class Replica:
@@ -56,13 +57,12 @@ class Replica:
             serving, self.serving = self.serving, None
             await asyncio.to_thread(serving.kill)
 
-    async def stop(self) -> int:
-        """End the process in peace; its exit code."""
-        code = 0
+    async def stop(self) -> None:
+        """End the process in peace."""
         if self.serving is not None:
             serving, self.serving = self.serving, None
             code = await asyncio.to_thread(serving.stop)
-        return code
+            assert code == 0, f"exit code {code}: {(self._site.folder / 'log').read_text()[-_SHOWN:]}"
 
     async def close(self) -> None:
         """Leave nothing behind."""

@@ -77,7 +77,7 @@ async def _run(plan: Plan, server: Server | None, folder: Path) -> tuple[Tally, 
         await _rage(plan, tally, site, replicas, server)
         keys = await _owner_verifies(site, replicas)
         for replica in replicas.all:
-            assert await replica.stop() == 0
+            await replica.stop()
     finally:
         for replica in replicas.all:
             await replica.close()
@@ -163,7 +163,7 @@ async def _owner_verifies(site: VerifierSite, replicas: Replicas) -> dict[str, A
     """The owner's commands over the network: the keys, and that the log holds. All replicas but the first stop."""
     first, *others = replicas.all
     for replica in others:
-        assert await replica.stop() == 0
+        await replica.stop()
     assert first.serving is not None
     assert first.serving.admin is not None
     owner = site.pki.issue(Role.OWNER, "alice")
