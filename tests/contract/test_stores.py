@@ -293,6 +293,22 @@ async def test_a_spending_that_refuses_passes_through_and_changes_nothing(store:
     assert await store.ledger("g") == LedgerRow(open=1)
 
 
+async def test_a_record_settles_with_a_grant_or_is_not_written(store: SqlStore) -> None:
+    await store.open_launch(opening(spending=BEGIN))
+    await store.record(audit(), RELEASED)
+    assert await store.ledger("g") == LedgerRow(released=1)
+    assert await store.ledger("h") == LedgerRow()
+    head = await store.head()
+
+    def refuse(_: LedgerRow) -> LedgerRow:
+        raise Refused(Reason.GRANT_EXHAUSTED, "no more")
+
+    with pytest.raises(Refused):
+        await store.record(audit(), Spending(grant="g", change=refuse))
+    assert await store.head() == head
+    assert await store.ledger("g") == LedgerRow(released=1)
+
+
 async def test_the_schema_refuses_a_ledger_below_zero(store: SqlStore) -> None:
     with pytest.raises(Unavailable):
         await store.open_launch(opening(spending=RELEASED))

@@ -64,7 +64,9 @@ def _counts(evidence: Evidence) -> Iterator[str]:
     states = Counter(row.state for row in evidence.launches)
     if states["released"] != plan.launches:
         yield f"{states['released']} launches were released, the grant is for {plan.launches}"
-    if (ledger.open, ledger.released, ledger.refused) != (states["open"], states["released"], states["refused"]):
+    # A refusal may come to light when its launch has ended otherwise.
+    refused = states["refused"] + sum(each.record.event == "launch.refused_late" for each in evidence.records)
+    if (ledger.open, ledger.released, ledger.refused) != (states["open"], states["released"], refused):
         yield f"the ledger says {ledger}, the launches are {dict(states)}"
     if states["open"]:
         yield f"{states['open']} launches are open after the end"

@@ -61,6 +61,11 @@ def refused(row: LedgerRow) -> LedgerRow:
     return replace(_closed(row), refused=row.refused + 1)
 
 
+def refused_late(row: LedgerRow) -> LedgerRow:
+    """A measurement was refused for a launch that had ended otherwise by then: only the refusal is counted."""
+    return replace(row, refused=row.refused + 1)
+
+
 def returned(row: LedgerRow) -> LedgerRow:
     """An open launch was abandoned or expired: its reservation comes back.
 

@@ -27,6 +27,7 @@ class AuditEvent(StrEnum):
     BEGIN_REFUSED = "launch.begin_refused"
     RELEASED = "launch.released"
     REFUSED = "launch.refused"
+    REFUSED_LATE = "launch.refused_late"
     REPEAT_REFUSED = "launch.repeat_refused"
     ABANDONED = "launch.abandoned"
     EXPIRED = "launch.expired"
@@ -39,7 +40,13 @@ class AuditEvent(StrEnum):
 
 
 _REFUSALS = frozenset(
-    {AuditEvent.BEGIN_REFUSED, AuditEvent.REFUSED, AuditEvent.REPEAT_REFUSED, AuditEvent.REPORT_REFUSED}
+    {
+        AuditEvent.BEGIN_REFUSED,
+        AuditEvent.REFUSED,
+        AuditEvent.REFUSED_LATE,
+        AuditEvent.REPEAT_REFUSED,
+        AuditEvent.REPORT_REFUSED,
+    }
 )
 
 

@@ -13,10 +13,12 @@ Numbered steps, repeated in the code:
 7. the secrets are read and the packet is built, in memory; a source without an answer spends nothing;
 8. one transaction moves the launch from open to released by compare-and-set, keeps packet and receipt, erases the keys,
    consumes the grant's reservation, writes the audit record and the request; who loses the race starts over at step 2
-   and finds what the winner left, and so does whoever judged by documents that changed meanwhile.
+   and finds what the winner left, and so does whoever judged by documents that changed meanwhile. A refusal that loses
+   to another end is recorded and counted all the same: an explanation takes a second to search, in which a launch could
+   be given up, or released by another replica, to escape it.
 
 A launch is decided behind a lock of its own, but only so that one explanation is searched at a time: what keeps a
-second packet from leaving is the compare-and-set of step 8.
+second packet from leaving is the compare-and-set of step 8. The lock is its caller's too: to nobody else it exists.
 """
 
 from __future__ import annotations
@@ -61,7 +63,7 @@ from verifier.launches.steps import (
 from verifier.library.documents import Documents
 from verifier.secrets.receipt import receipt_claims
 from verifier.secrets.release import LISTED, NOT_MEASURED, build_packet, generated_secrets
-from verifier.store.rows import LaunchRow, Move, Outcome, Packet, PdhSighting, RequestKey, RequestRow
+from verifier.store.rows import AuditRow, LaunchRow, Move, Outcome, Packet, PdhSighting, RequestKey, RequestRow
 
 REPEATS = timedelta(hours=24)
 EMULATED = "emulated"
@@ -91,7 +93,7 @@ class Releaser:
     def __init__(self, dependencies: Dependencies) -> None:
         """Take the means."""
         self._d = dependencies
-        self._locks: WeakValueDictionary[UUID, asyncio.Lock] = WeakValueDictionary()
+        self._locks: WeakValueDictionary[tuple[str, UUID], asyncio.Lock] = WeakValueDictionary()
         self._explaining = asyncio.Semaphore(1)
 
     async def release(self, request: ReleaseRequest) -> Released:
@@ -108,7 +110,7 @@ class Releaser:
         """
         key = RequestKey(caller=request.caller, method=RELEASE, request_id=request.request_id)
         content = request.content()
-        lock = self._locks.setdefault(request.launch_id, asyncio.Lock())
+        lock = self._locks.setdefault((request.caller, request.launch_id), asyncio.Lock())
         async with lock:
             for _ in range(JUDGED_MAX):
                 now = await self._d.time.now_for_decisions()  # step 1
@@ -208,7 +210,7 @@ class Releaser:
         findings = appraise_launch(evidence)
         self._d.on_step("release:judged")
         if findings or matched is None:
-            await self._refuse(case, findings)
+            await self._refuse(case, findings, proven=matched is not None)
             return None
         specs = terms.secret_specs
         entries = await self._d.secrets.read(specs)  # step 7
@@ -266,13 +268,13 @@ class Releaser:
             firmware=case.request.firmware,
             sighting=PdhSighting(pdh_fingerprint=row.pdh_fingerprint, firmware=case.request.firmware),
         )
-        if not await self._commit(move):
+        if await self._commit(move) is not Outcome.DONE:
             return None
         self._d.on_step("release:stored")
         return _released(replace(row, state=move.to, end_time=case.now, keys=None, audit_id=audit_id), packet)
 
-    async def _refuse(self, case: _Case, findings: Sequence[Finding]) -> None:
-        row, reason = case.row, findings[0].reason
+    async def _refuse(self, case: _Case, findings: Sequence[Finding], *, proven: bool) -> None:
+        row, reason, firmware = case.row, findings[0].reason, case.request.firmware
         account = await self._account(case, findings)
         audit = self._d.records.row(
             AuditEvent.REFUSED,
@@ -285,7 +287,7 @@ class Releaser:
             grant=row.grant,
             platform=self._platform(row),
             policy=str(case.terms.guest_policy),
-            claimed_firmware=str(case.request.firmware),
+            claimed_firmware=str(firmware),
             explanation=None if account is None else asdict(account),
         )
         move = Move(
@@ -300,10 +302,25 @@ class Releaser:
             audit=audit,
             revision=case.documents.revision,
             spending=settle(row, ledger.refused),
-            firmware=case.request.firmware,
+            firmware=firmware,
+            sighting=PdhSighting(pdh_fingerprint=row.pdh_fingerprint, firmware=firmware) if proven else None,
         )
-        if await self._commit(move):
-            raise refusal_for(findings, audit.audit_id)
+        outcome = await self._commit(move)
+        if outcome is Outcome.LOST:
+            await self._refuse_late(row, audit)
+        elif outcome is not Outcome.DONE:
+            return
+        raise refusal_for(findings, audit.audit_id)
+
+    async def _refuse_late(self, row: LaunchRow, audit: AuditRow) -> None:
+        """Record and count the refusal of a launch that ended otherwise meanwhile."""
+        now = await self._d.store.launch(row.launch_id)
+        if now is None or now.state == State.REFUSED:
+            raise ended(State.REFUSED)
+        late = replace(audit, event=AuditEvent.REFUSED_LATE.value)
+        await self._d.store.record(late, settle(row, ledger.refused_late))
+        self._d.time.stored(late.time)
+        self._d.records.log(late)
 
     async def _account(self, case: _Case, findings: Sequence[Finding]) -> Account | None:
         """Why the measurement does not match, where that is what is wrong with it."""
@@ -330,12 +347,12 @@ class Releaser:
         finally:
             self._explaining.release()
 
-    async def _commit(self, move: Move) -> bool:
-        done = await self._d.store.move(move) is Outcome.DONE
-        if done:
+    async def _commit(self, move: Move) -> Outcome:
+        outcome = await self._d.store.move(move)
+        if outcome is Outcome.DONE:
             self._d.time.stored(move.time)
             self._d.records.log(move.audit)
-        return done
+        return outcome
 
     def _notes(self, terms: Terms) -> tuple[str, ...]:
         single = ("one CA stands for both sites: the datacenter could make an owner's identity",)

@@ -32,6 +32,7 @@ from verifier.store.rows import (
     RequestKey,
     RequestRow,
     SealedBlob,
+    Spending,
     StoredSecret,
 )
 
@@ -82,8 +83,8 @@ class Store(Protocol):
         """
         ...
 
-    async def record(self, audit: AuditRow) -> None:
-        """Write an audit record that belongs to no move."""
+    async def record(self, audit: AuditRow, spending: Spending | None = None) -> None:
+        """Write an audit record that belongs to no move, and settle with a grant where the record says so."""
         ...
 
     async def overdue(self, time: datetime, state: str, limit: int, *, grant: str | None = None) -> Sequence[UUID]:

@@ -17,6 +17,7 @@ from verifier.store.rows import (
     PdhSighting,
     RequestKey,
     RequestRow,
+    Spending,
 )
 from verifier.store.sql_common import Decided, OverEngine, append, locked_revision
 from verifier.store.sql_rows import LAUNCH_COLUMNS, firmware_text, key_cells, launch_of, stamp, time_of
@@ -131,15 +132,13 @@ class Launches(OverEngine):
             if revision != opening.revision:
                 raise Decided(Outcome.DOCUMENTS_CHANGED)
             transaction.lock(f"caller {launch.caller}")
-            counted = transaction.rows(
-                "SELECT 1 FROM launch WHERE caller=? AND state='open' AND expire_time>? LIMIT ?",
-                *(launch.caller, stamp(launch.create_time), opening.open_cap),
-            )
-            if len(counted) >= opening.open_cap:
+            if transaction.row(
+                "SELECT 1 FROM launch WHERE caller=? AND state='open' AND expire_time>? LIMIT 1 OFFSET ?",
+                *(launch.caller, stamp(launch.create_time), opening.open_cap - 1),
+            ):
                 raise Decided(Outcome.CAP_REACHED)
             if spending is not None:
-                ledger = _locked_ledger(transaction, spending.grant)
-                _keep_ledger(transaction, spending.grant, ledger, spending.change(ledger))
+                spend(transaction, spending)
             _insert(transaction, opening)
             append(transaction, opening.audit)
 
@@ -185,6 +184,12 @@ def _take_request(transaction: Transaction, request: RequestRow) -> None:
         *(*key_cells(request.key), request.content, str(request.launch_id)),
     ):
         raise Decided(Outcome.REQUEST_TAKEN)
+
+
+def spend(transaction: Transaction, spending: Spending) -> None:
+    """Do to a grant's ledger what the spending says; what that raises ends the transaction."""
+    ledger = _locked_ledger(transaction, spending.grant)
+    _keep_ledger(transaction, spending.grant, ledger, spending.change(ledger))
 
 
 def _locked_ledger(transaction: Transaction, grant: str) -> LedgerRow:

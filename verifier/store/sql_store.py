@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from uuid import UUID
 
-from verifier.store.engine import Engine, bring_forward
+from verifier.store.engine import Engine, Transaction, bring_forward
 from verifier.store.migrations import Step, migrations
-from verifier.store.rows import AuditRow, ChainedRecord, Checkpoint
+from verifier.store.rows import AuditRow, ChainedRecord, Checkpoint, Spending
 from verifier.store.sql_common import OverEngine, append
-from verifier.store.sql_launches import Launches
+from verifier.store.sql_launches import Launches, spend
 from verifier.store.sql_owner import Documents, Secrets
 from verifier.store.sql_rows import AUDIT_COLUMNS, chained_of
 
@@ -17,9 +17,15 @@ from verifier.store.sql_rows import AUDIT_COLUMNS, chained_of
 class AuditLog(OverEngine):
     """The part of `Store` that keeps the audit log."""
 
-    async def record(self, audit: AuditRow) -> None:
+    async def record(self, audit: AuditRow, spending: Spending | None = None) -> None:
         """See `Store`."""
-        await self._engine.write("record", lambda transaction: append(transaction, audit))
+
+        def work(transaction: Transaction) -> None:
+            if spending is not None:
+                spend(transaction, spending)
+            append(transaction, audit)
+
+        await self._engine.write("record", work)
 
     async def records(self, launch_id: UUID | None, *, after: int, limit: int) -> Sequence[ChainedRecord]:
         """See `Store`."""
