@@ -13,7 +13,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
@@ -59,8 +59,19 @@ class Server:
         """How it is reached."""
         return f"host={self.folder} port=5432 dbname=postgres user=sevattest"
 
+    @property
+    def _as_user(self) -> Sequence[str]:
+        """A command that becomes another one of the server's user.
+
+        Not Python's `user=`, which forks for it: in a process where gRPC is at work, such a fork may die.
+        """
+        if self.user is None:
+            return ()
+        entry = pwd.getpwnam(self.user)
+        return ("setpriv", f"--reuid={entry.pw_uid}", f"--regid={entry.pw_gid}", "--clear-groups")
+
     def _run(self, *command: str) -> None:
-        done = subprocess.run(command, capture_output=True, user=self.user, cwd=self.folder, check=False)
+        done = subprocess.run([*self._as_user, *command], capture_output=True, cwd=self.folder, check=False)
         assert done.returncode == 0, done.stderr.decode()
 
     def make(self) -> None:
@@ -85,10 +96,9 @@ class Server:
             limited = [] if file_limit is None else ["prlimit", f"--fsize={file_limit}:"]
             command = [*limited, str(self.programs / "postgres"), "-D", str(self.folder / "data")]
             self.process = subprocess.Popen(
-                [*command, *(part for each in options for part in ("-c", each))],
+                [*self._as_user, *command, *(part for each in options for part in ("-c", each))],
                 stdout=log,
                 stderr=log,
-                user=self.user,
                 cwd=self.folder,
             )
         deadline = time.monotonic() + _DEADLINE_S
