@@ -49,6 +49,7 @@ _SAMPLE = (
     "FROM {0}ledger l WHERE grant_name='" + GRANT + "'"
 )
 _SAMPLE_EVERY_S = 0.05
+_SHOWN = 40  # lines of a log, where a run breaks off
 
 
 async def hammer(plan: Plan, server: Server | None) -> tuple[Tally, Evidence]:
@@ -56,8 +57,17 @@ async def hammer(plan: Plan, server: Server | None) -> tuple[Tally, Evidence]:
     folder = Path(tempfile.mkdtemp(prefix="sevattest-h-"))
     try:
         return await _run(plan, server, folder)
+    except BaseException as error:
+        error.add_note(f"seed {plan.seed}; the verifiers' errors:\n{_errors(folder / 'log')}")
+        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _errors(log: Path) -> str:
+    """The last errors in a log."""
+    lines = log.read_text().splitlines() if log.exists() else []
+    return "\n".join([line for line in lines if '"level":"error"' in line or not line.startswith("{")][-_SHOWN:])
 
 
 async def _run(plan: Plan, server: Server | None, folder: Path) -> tuple[Tally, Evidence]:
