@@ -42,6 +42,7 @@ def main() -> int:
             changes=args.launches // 10,
             kills=args.kills,
             restarts=args.restarts if postgres else 0,
+            patience=60.0 + args.launches,
         )
         with _server(wanted=postgres) as server:
             tally, evidence = asyncio.run(hammer(plan, server))

@@ -32,6 +32,7 @@ class Plan:
         kills: of verifier processes by SIGKILL, all in all.
         restarts: of the database, as after a crash.
         boot: seconds that a guest takes from begin to its measurement, at least and at most.
+        patience: seconds after which a run is given up, as where a reservation never comes back.
     """
 
     seed: int
@@ -46,6 +47,7 @@ class Plan:
     kills: int = 4
     restarts: int = 0
     boot: tuple[float, float] = (0.02, 0.3)
+    patience: float = 80.0
 
     @cached_property
     def fates(self) -> Sequence[str]:
