@@ -105,7 +105,8 @@ class App:
         self._keyring = Keyring(self._keys[0], self._keys[1:])
         self._denied_chips = self._config.platforms.denied_chips
         self._revoked_chips: frozenset[str] = frozenset()
-        self._denied = DenyList(self._denied_chips)
+        self._denied = DenyList()
+        self._unasked: frozenset[str] = frozenset()  # denied by their ids, and the key service was not asked yet
         self._store = parts.make_store(self._config, surroundings.on_step)
         self._library = Library(self._config.documents, self._store, log, before=self._renew_denied)
         self._service = parts.make_key_service(self._config, self._roots)
@@ -280,18 +281,20 @@ class App:
         """Have the chips of the owner's revocations known by their keys too, as those of the configuration are.
 
         Before the documents count: a host can leave its chip's id out. What the key service does not answer in time is
-        left to the chore.
+        left to the chore. Who is cancelled meanwhile leaves it to whoever looks at the documents next.
         """
         self._revoked_chips = join(documents.revocations.values()).chips
-        new = self._denied.set_owners({*self._denied_chips, *self._revoked_chips})
-        if new and self._service is not None:
+        self._deny()
+        if self._unasked and self._service is not None:
             with suppress(TimeoutError):
                 async with asyncio.timeout(RESOLVE_WITHIN_S):
-                    await self._denied.resolve(self._service, self._roots, self._log, only=new)
-            self._wakers.denied.set()
+                    await self._denied.resolve(self._service, self._roots, self._log, only=self._unasked)
+            self._unasked = frozenset()
 
     def _deny(self) -> None:
-        if self._denied.set_owners({*self._denied_chips, *self._revoked_chips}):
+        new = self._denied.set_owners({*self._denied_chips, *self._revoked_chips})
+        if new:
+            self._unasked |= new
             self._wakers.denied.set()
 
     async def reload(self) -> None:
@@ -302,6 +305,12 @@ class App:
         except SevattestError as error:
             good = False
             self._log.error("documents.refused", problems=list(error.sentences))
+        try:
+            # What is under way may have been judged by the files and the deny-list of before: it is judged again.
+            await self._store.revise()
+        except SevattestError as error:
+            good = False
+            self._log.error("store.unavailable", error=error)
         if good:
             self._log.info("verifier.reloaded", sealing=self._keyring.key_id.hex())
 

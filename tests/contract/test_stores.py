@@ -172,6 +172,14 @@ async def test_what_was_judged_by_other_documents_is_not_carried_out(store: SqlS
     assert await store.move(replace(move, revision=0)) is Outcome.DONE
 
 
+async def test_a_revision_counts_without_a_document(store: SqlStore) -> None:
+    judged = opening(revision=await store.revision())
+    await store.revise()
+    assert await store.documents() == (1, [])
+    assert await store.open_launch(judged) is Outcome.DOCUMENTS_CHANGED
+    assert await store.open_launch(opening(revision=1)) is Outcome.DONE
+
+
 async def test_overdue_launches_are_found_oldest_first(store: SqlStore) -> None:
     ids = []
     for minutes, spending in ((3, None), (1, BEGIN), (2, None), (9, BEGIN)):

@@ -109,6 +109,10 @@ class Store(Protocol):
         """Of the documents; grows with every change of them. 0 in a new store."""
         ...
 
+    async def revise(self) -> None:
+        """Give the documents another revision: something beside the store changed by which launches are judged, too."""
+        ...
+
     async def documents(self) -> tuple[int, Sequence[DocumentRow]]:
         """All versions of all documents that were not deleted, and their revision."""
         ...

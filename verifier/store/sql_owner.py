@@ -29,6 +29,11 @@ class Documents(OverEngine):
         row = await self._row("SELECT value FROM mark WHERE name='revision'")
         return 0 if row is None else row[0]
 
+    async def revise(self) -> None:
+        """See `Store`."""
+        # The row's lock waits for whoever commits what was judged by the revision of before.
+        await self._engine.write("revise", _revise)
+
     async def documents(self) -> tuple[int, Sequence[DocumentRow]]:
         """See `Store`."""
         # One statement: both halves are of the same moment.
