@@ -121,10 +121,25 @@ class Caller:
         return number, begun
 
     async def _release(self, begun: Any) -> None:
+        """Hand in a measurement, or two of the same launch at once, of which one at most gets a packet."""
+        count = 2 if self.draw.random() < 0.3 else 1
+        won = await asyncio.gather(*(self._hand_in(begun) for _ in range(count)))
+        if not any(won):
+            raise Over
+        if count == 2:
+            self.tally.add("races")
+        if self.draw.random() < 0.2 and await self._hand_in(begun):
+            raise AssertionError("a second measurement was released")
+
+    async def _hand_in(self, begun: Any) -> bool:
+        """Hand in a new measurement; whether there was a packet for it."""
         keys, blob = self._measure(begun, self.digest)
         request = _release_request(begun, blob)
         answer = self.tally.answers.setdefault(begun.launch.launch_id, Answer(launch_id=begun.launch.launch_id))
-        released = await self._answered("ReleaseSecret", request)
+        try:
+            released = await self._answered("ReleaseSecret", request)
+        except Over:
+            return False
         _note(answer, released)
         self.tally.add("answered with a packet")
         table = psp.open_packet(
@@ -138,13 +153,7 @@ class Caller:
         if self.draw.random() < 0.3:
             _note(answer, await self._answered("ReleaseSecret", request))
             self.tally.add("repeats")
-        if self.draw.random() < 0.2:
-            # A second measurement of the launch gets nothing, whoever is asked.
-            _, other = self._measure(begun, self.digest)
-            try:
-                _note(answer, await self._answered("ReleaseSecret", _release_request(begun, other)))
-            except Over:
-                self.tally.add("second measurements refused")
+        return True
 
     async def _lie(self, begun: Any) -> None:
         _, blob = self._measure(begun, bytes(32))
