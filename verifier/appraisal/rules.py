@@ -1,7 +1,7 @@
 """The rules: one function for each dotted id, each over verified evidence alone. Ids are for ever.
 
 A rule returns its finding or None. The order of the tables is the order in which a caller is told: the first finding's
-reason travels, all of them go into the owner's audit record.
+reason travels, all of them go into the owner's audit record and log, so that none names a chip: its pseudonym is there.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def platform_chip(evidence: PlatformEvidence) -> Finding | None:
     return Finding(
         rule="platform.chip",
         reason=Reason.CHIP_NOT_ALLOWED,
-        message=f"chip {evidence.fingerprint} is not among the {len(evidence.chips)} that are allowed",
+        message=f"the chip is not among the {len(evidence.chips)} that are allowed",
     )
 
 
@@ -91,7 +91,7 @@ def platform_pool(evidence: PlatformEvidence) -> Finding | None:
         return None
     if known is not None and (known.name in (grant.platforms or ()) or known.pools & (grant.pools or frozenset())):
         return None
-    what = f"platform {known.name}" if known is not None else f"chip {evidence.fingerprint}, which no document names,"
+    what = f"platform {known.name}" if known is not None else "the chip, which no document names,"
     return Finding(
         rule="platform.pool",
         reason=Reason.HOST_NOT_IN_POOL,
