@@ -96,10 +96,12 @@ class SevattestError(Exception):
         reason: why, stable.
         message: a sentence for people, without secrets.
         fields: data beside the sentence (`audit_id`, `launch_id`, `fw_error`, …), without secrets.
+        problems: all that is wrong, a sentence each, where that is more than one thing.
     """
 
     reasons: ClassVar[frozenset[Reason]] = frozenset()
     exit_code: ClassVar[int] = 3
+    problems: tuple[str, ...] = ()
 
     def __init__(self, reason: Reason, message: str, **fields: str) -> None:
         if reason not in self.reasons:
@@ -112,7 +114,7 @@ class SevattestError(Exception):
     @property
     def sentences(self) -> tuple[str, ...]:
         """What to tell people, a line each; more than the message where several things are wrong at once."""
-        return (self.message,)
+        return self.problems or (self.message,)
 
 
 class InvalidInput(SevattestError):

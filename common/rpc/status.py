@@ -1,20 +1,22 @@
 """Errors across the wire, both ways: class to status, and a peer's status to the class that it raised.
 
 The one table is `STATUS`. Every error of ours travels with `google.rpc.ErrorInfo` (domain `sevattest`, the reason, and
-the error's fields); docs/errors.md lists the reasons. What a peer sends back is text from outside: cleaned, capped,
-and never a `hint`, which a person would follow.
+the error's fields); docs/errors.md lists the reasons. One that names several problems has a `google.rpc.BadRequest`
+too. What a peer sends back is text from outside: cleaned, capped, and never a `hint`, which a person would follow.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from types import MappingProxyType
+from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
-from google.protobuf.message import DecodeError
-from google.rpc.error_details_pb2 import ErrorInfo  # type: ignore[import-untyped]  # ships no types
+from google.protobuf.message import DecodeError, Message
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo  # type: ignore[import-untyped]  # ships no types
 from google.rpc.status_pb2 import Status  # type: ignore[import-untyped]  # ships no types
 from grpc_status import rpc_status
 
@@ -32,6 +34,8 @@ from common.errors import (
     WrongState,
     rebuild,
 )
+
+_Detail = TypeVar("_Detail", bound=Message)
 
 DOMAIN = "sevattest"
 _DETAILS_KEY = "grpc-status-details-bin"
@@ -55,6 +59,13 @@ STATUS: Mapping[type[SevattestError], grpc.StatusCode] = MappingProxyType(
 _MAX_MESSAGE_BYTES = 600
 _MAX_FIELD_BYTES = 256
 _MAX_FIELDS_BYTES = 1536
+# With problems the message is their summary, and they share this room with the fields.
+_MAX_SUMMARY_BYTES = 300
+_MAX_DETAILS_BYTES = 4608
+_MAX_PROBLEM_BYTES = 512
+_PROBLEM_FRAME_BYTES = 10
+_MAX_PROBLEMS = 500
+_PATH = re.compile(r"[A-Za-z][A-Za-z0-9_.\[\]-]*")
 _FIELD = re.compile(r"[a-z][a-z0-9_]{0,63}")
 # `hint` is for the person at this end only; the others are parameters of the error's own constructor.
 _NOT_FIELDS = frozenset({"hint", "reason", "message", "self"})
@@ -67,19 +78,41 @@ def code_of(error: SevattestError) -> grpc.StatusCode:
 
 def to_status(error: SevattestError) -> grpc.Status:
     """`error` as a status with its ErrorInfo, ready for `context.abort_with_status`."""
-    info = ErrorInfo(reason=error.reason.value, domain=DOMAIN, metadata=_fields(error.fields.items()))
-    return plain_status(code_of(error), error.message, info)
+    fields = _fields(error.fields.items())
+    info = ErrorInfo(reason=error.reason.value, domain=DOMAIN, metadata=fields)
+    if len(error.problems) < 2:
+        return plain_status(code_of(error), error.message, info)
+    room = _MAX_DETAILS_BYTES - sum(len(name) + len(value.encode()) for name, value in fields.items())
+    summary = _clean(error.problems[0], _MAX_SUMMARY_BYTES - 40) + f" (and {len(error.problems) - 1} more)"
+    return plain_status(code_of(error), summary, info, _bad_request(error.problems, room))
 
 
-def plain_status(code: grpc.StatusCode, message: str, info: ErrorInfo | None = None) -> grpc.Status:
-    """A status with `message` and, where there is one, an ErrorInfo."""
+def plain_status(code: grpc.StatusCode, message: str, *details: Any) -> grpc.Status:
+    """A status with `message` and, where there are some, details of `google.rpc`."""
     number: int = code.value[0]
     status = Status(code=number, message=_clean(message, _MAX_MESSAGE_BYTES))
-    if info is not None:
+    for each in details:
         packed = AnyMessage()
-        packed.Pack(info)
+        packed.Pack(each)
         status.details.append(packed)
     return rpc_status.to_status(status)
+
+
+def _bad_request(problems: Sequence[str], room: int) -> BadRequest:
+    """The problems, each with its path where it begins with one; as many as there is room for, in bytes."""
+    request = BadRequest()
+    for index, problem in enumerate(problems):
+        text = _clean(problem, _MAX_PROBLEM_BYTES)
+        room -= len(text.encode()) + _PROBLEM_FRAME_BYTES
+        if room < 0:
+            request.field_violations.add(description=f"and {len(problems) - index} more problems")
+            break
+        path, colon, what = text.partition(": ")
+        if colon and _PATH.fullmatch(path):
+            request.field_violations.add(field=path, description=what)
+        else:
+            request.field_violations.add(description=text)
+    return request
 
 
 def from_rpc_error(error: grpc.aio.AioRpcError, *, mutating: bool) -> SevattestError:
@@ -90,11 +123,13 @@ def from_rpc_error(error: grpc.aio.AioRpcError, *, mutating: bool) -> SevattestE
         mutating: whether the call may have changed something; then a broken link is `OutcomeUnknown`.
     """
     details = error.details() or ""
-    info = _error_info(error)
+    packed = list(_details(error))
+    info = next(_unpacked(packed, ErrorInfo), None)
     if info is not None and info.domain == DOMAIN:
         message = _clean(details, _MAX_MESSAGE_BYTES)
         known = rebuild(info.reason, message, _fields(info.metadata.items()))
         if known is not None and code_of(known) is error.code():
+            known.problems = tuple(_problems(packed))
             return known
         if known is None:
             # A newer peer's reason: its status still says whose fault it is, and that it did answer.
@@ -102,18 +137,26 @@ def from_rpc_error(error: grpc.aio.AioRpcError, *, mutating: bool) -> SevattestE
     return _from_transport(error.code(), details, mutating=mutating)
 
 
-def _error_info(error: grpc.aio.AioRpcError) -> ErrorInfo | None:
+def _details(error: grpc.aio.AioRpcError) -> Iterator[AnyMessage]:
     for key, value in error.trailing_metadata() or ():
-        if key != _DETAILS_KEY or not isinstance(value, bytes):
-            continue
-        try:
-            for packed in Status.FromString(value).details:
-                info = ErrorInfo()
-                if packed.Unpack(info):
-                    return info
-        except DecodeError:
-            return None
-    return None
+        if key == _DETAILS_KEY and isinstance(value, bytes):
+            with suppress(DecodeError):
+                yield from Status.FromString(value).details
+
+
+def _unpacked(packed: Iterable[AnyMessage], kind: type[_Detail]) -> Iterator[_Detail]:
+    for each in packed:
+        message = kind()
+        with suppress(DecodeError):
+            if each.Unpack(message):
+                yield message
+
+
+def _problems(packed: Iterable[AnyMessage]) -> Iterator[str]:
+    for request in _unpacked(packed, BadRequest):
+        for each in request.field_violations[:_MAX_PROBLEMS]:
+            text = f"{each.field}: {each.description}" if each.field else each.description
+            yield _clean(text, _MAX_PROBLEM_BYTES)
 
 
 # No servicer saw the call if the channel never became ready, which the core says in these words (subchannel picker),
@@ -122,6 +165,7 @@ _NEVER_SENT = (
     "failed to connect to all addresses",
     "DNS resolution failed",
     "name resolution failure",
+    "errors resolving ",
     "Received RST_STREAM with error code 7",
 )
 # What a failed handshake looks like from the client's side, and what to look at. The order matters.
@@ -129,7 +173,7 @@ _TLS_HINTS = (
     (
         "CERTIFICATE_VERIFY_FAILED",
         "its certificate was not issued by the CA given for it, or has expired",
-        "check that --agent-ca and --verifier-ca name the right CA, and the clocks of both machines",
+        "check that --agent-ca, --verifier-ca or --admin-ca names the right CA, and the clocks of both machines",
     ),
     (
         "Hostname Verification Check failed",
@@ -184,7 +228,7 @@ def _by_code(code: grpc.StatusCode, message: str, *, mutating: bool) -> Sevattes
         return leaf(reason, message or f"the service answered {code.name}")
     if mutating:
         return OutcomeUnknown(
-            Reason.OUTCOME_UNKNOWN, f"no answer came back ({code.name}): ask for the launch's state before repeating"
+            Reason.OUTCOME_UNKNOWN, f"no answer came back ({code.name}): see what became of it before repeating"
         )
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return Unavailable(Reason.UNREACHABLE, "no answer came in time")

@@ -227,7 +227,7 @@ def test_the_wrong_ca_for_a_service_is_said_so_at_once(cluster: Cluster) -> None
     assert said.code == 3
     first, second = said.err.splitlines()
     assert "was not issued by the CA given for it" in first
-    assert second.startswith("hint: check that --agent-ca and --verifier-ca name the right CA")
+    assert second.startswith("hint: check that --agent-ca, --verifier-ca or --admin-ca names the right CA")
 
 
 def test_a_guest_that_runs_is_busy(cluster: Cluster) -> None:

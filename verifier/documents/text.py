@@ -25,11 +25,6 @@ class InvalidDocument(InvalidInput):
         super().__init__(Reason.INVALID_CONFIGURATION, "; ".join(problems))
         self.problems = problems
 
-    @property
-    def sentences(self) -> tuple[str, ...]:
-        """The problems, a line each."""
-        return self.problems
-
 
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader without aliases, tags, timestamps and repeated keys."""
@@ -94,6 +89,8 @@ def _parse_yaml(text: str) -> object:
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 -- a subclass of the safe loader
     except yaml.MarkedYAMLError as error:
+        if error.problem == "but found another document":
+            raise InvalidDocument("the text holds more than one document: each has a file of its own") from None
         mark = error.problem_mark or error.context_mark
         place = f"line {mark.line + 1}: " if mark is not None else ""
         raise InvalidDocument(f"{place}{error.problem or error.context}") from None

@@ -52,7 +52,9 @@ def wrong(name: str, what: str) -> InvalidInput:
 
 def about(name: str, error: SevattestError) -> SevattestError:
     """The same error, saying which file it is about."""
-    return CLASS_OF[error.reason](error.reason, f"{_called(name)}: {error.message}", **error.fields)
+    named = CLASS_OF[error.reason](error.reason, f"{_called(name)}: {error.message}", **error.fields)
+    named.problems = tuple(f"{_called(name)}: {each}" for each in error.problems)
+    return named
 
 
 def _called(name: str) -> str:

@@ -101,6 +101,16 @@ def test_an_error_names_the_file_that_it_is_about(admin: LocalAdmin, file: Path)
     assert said.err.startswith(f"sevattest: {bad}: ")
 
 
+def test_every_problem_of_a_document_is_a_line(admin: LocalAdmin, file: Path) -> None:
+    bad = file.with_name("bad.json")
+    bad.write_bytes(text(grant(callers=[f"nobody-{number}" for number in range(30)], launches=0)))
+    for command in (("apply", "-f", bad), ("diff", "-f", bad)):
+        said = admin.run(*command)
+        lines = said.err.splitlines()
+        assert (said.out, said.code, len(lines)) == ("", 2, 31)
+        assert all(line.startswith(f"sevattest: {bad}: spec.") for line in lines)
+
+
 def test_every_page_is_read(admin: LocalAdmin, tmp_path: Path) -> None:
     files = []
     for number in range(3):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import grpc
 import pytest
 from google.protobuf.any_pb2 import Any as AnyMessage
-from google.rpc.error_details_pb2 import ErrorInfo  # type: ignore[import-untyped]  # ships no types
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo  # type: ignore[import-untyped]  # ships no types
 from google.rpc.status_pb2 import Status  # type: ignore[import-untyped]  # ships no types
 from hypothesis import given
 from hypothesis import strategies as st
@@ -124,6 +124,57 @@ def test_long_words_are_cut_so_that_they_fit_into_metadata() -> None:
     assert from_rpc_error(_received(status), mutating=False).reason is Reason.CHIP_NOT_ALLOWED
 
 
+def _several(*problems: str, **fields: str) -> InvalidInput:
+    error = InvalidInput(Reason.INVALID_CONFIGURATION, "; ".join(problems), **fields)
+    error.problems = problems
+    return error
+
+
+def _violations(status: grpc.Status) -> list[tuple[str, str]]:
+    ((_, value),) = status.trailing_metadata
+    request = BadRequest()
+    assert any(each.Unpack(request) for each in Status.FromString(value).details)
+    return [(each.field, each.description) for each in request.field_violations]
+
+
+def test_every_problem_reaches_the_other_end() -> None:
+    problems = tuple(f"spec.digests[{number}]: must be 64 lower-case hex digits" for number in range(30))
+    back = from_rpc_error(_received(to_status(_several(*problems))), mutating=True)
+    assert (back.sentences, back.reason) == (problems, Reason.INVALID_CONFIGURATION)
+    assert back.message == f"{problems[0]} (and 29 more)"
+
+
+def test_a_problem_has_its_path_apart() -> None:
+    status = to_status(_several("spec.a[0].b: is bad", "line 7: is worse", "the worst: of all"))
+    assert _violations(status) == [("spec.a[0].b", "is bad"), ("", "line 7: is worse"), ("", "the worst: of all")]
+
+
+def test_one_problem_is_the_message() -> None:
+    back = from_rpc_error(_received(to_status(_several("spec: is bad"))), mutating=True)
+    assert (back.message, back.sentences, back.problems) == ("spec: is bad", ("spec: is bad",), ())
+
+
+@pytest.mark.parametrize("problem", ["spec: is bad " + "x" * 90, "ü" * 2000, "x"])
+def test_problems_beyond_what_metadata_holds_are_counted(problem: str) -> None:
+    status = to_status(_several(*[problem] * 5000, **{f"f{i}": "ü" * 10_000 for i in range(100)}))
+    size = sum(len(key) + len(value) for key, value in status.trailing_metadata) * 4 // 3
+    assert size + len(status.details.encode()) * 3 < 8192
+    found = from_rpc_error(_received(status), mutating=True).problems
+    assert found[-1] == f"and {5000 - len(found) + 1} more problems"
+
+
+def test_a_peers_problems_cannot_steer_a_terminal() -> None:
+    packed = AnyMessage()
+    packed.Pack(BadRequest(field_violations=[{"field": "\x1b[2J", "description": "a\nb"}] * 10_000))
+    info = AnyMessage()
+    info.Pack(ErrorInfo(reason="INVALID_ARGUMENT", domain="sevattest"))
+    status = Status(code=3, message="no", details=[info, packed])
+    evil = _bare(grpc.StatusCode.INVALID_ARGUMENT, "no", (_KEY, status.SerializeToString()))
+    found = from_rpc_error(evil, mutating=True).problems
+    assert len(found) <= 500
+    assert all(each.isprintable() for each in found)
+
+
 def test_a_reason_of_a_newer_service_keeps_the_meaning_of_its_status() -> None:
     error = from_rpc_error(_info(grpc.StatusCode.PERMISSION_DENIED, "SOMETHING_NEW"), mutating=True)
     assert (type(error), error.message) == (Refused, "told so")
@@ -182,6 +233,7 @@ def test_a_status_without_our_details_says_what_is_certain_and_no_more(
     [
         "failed to connect to all addresses; last error: UNKNOWN: ipv4:127.0.0.1:1: Failed to connect: refused",
         "DNS resolution failed for nowhere.example:1: C-ares status is not ARES_SUCCESS",
+        "errors resolving nowhere.example:1: [field:hostname lookup error:Domain name not found]",
         "Stream removed (RST_STREAM (Received RST_STREAM with error code 7))",
     ],
 )

@@ -39,7 +39,7 @@ def test_a_date_stays_text() -> None:
         (b'{"a": ["x\\ud800"]}', True, "half a character"),
         (b'{"\\udfff": 1}', True, "half a character"),
         (b"a: 0x" + b"f" * 10_000, False, "a number of thousands of digits"),
-        (b"a: 1\n---\nb: 2\n", False, "but found another document"),
+        (b"a: 1\n---\nb: 2\n", False, "more than one document"),
         (b"a: [\n", False, "line 2: "),
         (b"{", True, "line 1: "),
         (b"\xff\xfe", False, "the text is not UTF-8"),
