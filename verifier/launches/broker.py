@@ -99,11 +99,11 @@ class Broker:
         content = request.content()
         swept = False
         for _ in range(JUDGED_MAX):
-            now = await self._d.time.now_for_decisions()  # step 1
-            earlier = await self._d.store.request(key)  # step 2
-            if earlier is not None:
-                return await self._begun_again(earlier, content, now)
-            candidate = await self._judge(request, now)  # steps 3 to 6
+            known = await self._d.store.known(key)
+            now = self._d.time.for_decisions(known.time)  # step 1
+            if known.request is not None:  # step 2
+                return await self._begun_again(known.request, content, now)
+            candidate = await self._judge(request, known.revision, now)  # steps 3 to 6
             self._d.on_step("begin:judged")
             try:
                 begun = await self._open(
@@ -135,8 +135,8 @@ class Broker:
             raise ended(State.EXPIRED)
         return _begun(row)
 
-    async def _judge(self, request: BeginRequest, now: datetime) -> _Candidate:
-        documents = await self._d.library.current()
+    async def _judge(self, request: BeginRequest, revision: int, now: datetime) -> _Candidate:
+        documents = await self._d.library.current(revision)
         workload, grant = await self._authority(request, documents, now)  # step 3
         platform = await self._genuine(request, now)  # step 4
         evidence = platform_evidence(  # step 5

@@ -25,8 +25,11 @@ from verifier.store.base import Store
 class Library(Protocol):
     """What the owner has on file; `verifier.library.library.Library` is this."""
 
-    async def current(self) -> Documents:
+    async def current(self, revision: int | None = None) -> Documents:
         """All documents as they stand now.
+
+        Args:
+            revision: the store's, where it was just read.
 
         Raises:
             InvalidInput: a document of the store that must not be overlooked cannot be read (INVALID_CONFIGURATION).

@@ -63,13 +63,15 @@ from verifier.launches.steps import (
 from verifier.library.documents import Documents
 from verifier.secrets.receipt import receipt_claims
 from verifier.secrets.release import LISTED, NOT_MEASURED, build_packet, generated_secrets
-from verifier.store.rows import AuditRow, LaunchRow, Move, Outcome, Packet, PdhSighting, RequestKey, RequestRow
+from verifier.store.rows import AuditRow, Known, LaunchRow, Move, Outcome, Packet, PdhSighting, RequestKey, RequestRow
 
 REPEATS = timedelta(hours=24)
 EMULATED = "emulated"
 BUILD = f"sev-verifier {version('sevattest')}"
 # A search takes about a second of one core; whoever waits longer for its turn is recorded without one.
 EXPLAIN_WAIT_S = 5.0
+# Terms that are kept in memory, at most some 50 KB each: an owner's workloads that are launched now.
+TERMS_MAX = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +97,7 @@ class Releaser:
         self._d = dependencies
         self._locks: WeakValueDictionary[tuple[str, UUID], asyncio.Lock] = WeakValueDictionary()
         self._explaining = asyncio.Semaphore(1)
+        self._terms: dict[bytes, Terms] = {}
 
     async def release(self, request: ReleaseRequest) -> Released:
         """Answer with the secret packet for this measurement, or refuse it for good.
@@ -113,33 +116,35 @@ class Releaser:
         lock = self._locks.setdefault((request.caller, request.launch_id), asyncio.Lock())
         async with lock:
             for _ in range(JUDGED_MAX):
-                now = await self._d.time.now_for_decisions()  # step 1
-                row = await self._d.store.launch(request.launch_id)  # step 2
+                known = await self._d.store.known(key, request.launch_id)
+                now = self._d.time.for_decisions(known.time)  # step 1
+                row = known.launch  # step 2
                 if row is None or row.caller != request.caller:
                     raise unknown_launch()
-                earlier = await self._d.store.request(key)  # step 3
-                if earlier is not None:
-                    if earlier.content != content:
+                if known.request is not None:  # step 3
+                    if known.request.content != content:
                         raise reused()
-                    return await self._again(row, now)
+                    return await self._again(row, known.revision, now)
                 state = State(row.state)  # step 4
                 if state is not State.OPEN:
                     raise ended(state)
                 if now >= row.expire_time:
                     await expire(self._d, row.launch_id, now)
                     continue
-                released = await self._decide(await self._case(request, key, content, row, now))
+                released = await self._decide(
+                    await self._case(request, key=key, content=content, row=row, known=known, now=now)
+                )
                 if released is not None:
                     return released
             raise changing()
 
-    async def _again(self, row: LaunchRow, now: datetime) -> Released:
+    async def _again(self, row: LaunchRow, revision: int, now: datetime) -> Released:
         """The answer that this request got before."""
         if row.state == State.REFUSED and row.reason is not None and row.audit_id is not None:
             raise refusal(Reason(row.reason), row.audit_id)
         if row.state != State.RELEASED or row.packet is None or row.end_time is None or now - row.end_time >= REPEATS:
             raise ended(State(row.state))
-        documents = await self._d.library.current()
+        documents = await self._d.library.current(revision)
         evidence = standing_evidence(
             documents=documents,
             denied=self._d.denied,
@@ -163,7 +168,7 @@ class Releaser:
         return _released(row, row.packet)
 
     async def _case(
-        self, request: ReleaseRequest, key: RequestKey, content: bytes, row: LaunchRow, now: datetime
+        self, request: ReleaseRequest, *, key: RequestKey, content: bytes, row: LaunchRow, known: Known, now: datetime
     ) -> _Case:
         sealed = row.keys
         assert sealed is not None  # noqa: S101 -- the store's schema: an open launch has keys
@@ -172,19 +177,27 @@ class Releaser:
             tek=unseal(sealed.tek, launch_place(launch_id, TEK_COLUMN)),
             tik=unseal(sealed.tik, launch_place(launch_id, TIK_COLUMN)),
         )
-        terms = decode_terms(await self._d.store.terms(row.terms_id))
-        documents = await self._d.library.current()
         return _Case(
             request=request,
             key=key,
             content=content,
             row=row,
-            terms=terms,
+            terms=await self._terms_of(row),
             keys=keys,
-            documents=documents,
-            pdh_oldest=await self._d.store.sighted(row.pdh_fingerprint),
+            documents=await self._d.library.current(known.revision),
+            pdh_oldest=known.pdh_oldest,
             now=now,
         )
+
+    async def _terms_of(self, row: LaunchRow) -> Terms:
+        """What was frozen for a launch. Terms are kept by their hash: those of an id never change."""
+        terms = self._terms.get(row.terms_id)
+        if terms is None:
+            terms = decode_terms(await self._d.store.terms(row.terms_id))
+            if len(self._terms) >= TERMS_MAX:
+                del self._terms[next(iter(self._terms))]
+            self._terms[row.terms_id] = terms
+        return terms
 
     async def _decide(self, case: _Case) -> Released | None:
         """Release or refuse; None where another request has ended the launch meanwhile."""
@@ -223,7 +236,7 @@ class Releaser:
         )
         self._d.on_step("release:packet-built")
         # A source may take its time: what counts is when the secret leaves.
-        case = replace(case, now=await self._d.time.now_for_decisions())
+        case = replace(case, now=self._d.time.for_decisions(None))
         return await self._hand_out(case, terms.references[matched], packet, generated_secrets(specs, entries))
 
     async def _hand_out(

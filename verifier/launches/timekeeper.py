@@ -31,7 +31,7 @@ class Timekeeper:
         Raises:
             Unavailable: the store has no answer.
         """
-        return self._later(self._clock.now(), await self._latest())
+        return self._later(self._clock.now(), self._latest(await self._ask()))
 
     async def now_for_decisions(self) -> datetime:
         """The time, for begin and release.
@@ -40,7 +40,18 @@ class Timekeeper:
             WrongState: the clock is more than ten minutes behind what was stored (CLOCK_SKEW).
             Unavailable: the store has no answer.
         """
-        clock, last = self._clock.now(), await self._latest()
+        return self.for_decisions(await self._ask())
+
+    def for_decisions(self, stored: datetime | None) -> datetime:
+        """The time, for begin and release, where the store was asked already.
+
+        Args:
+            stored: the latest time in the store, as it was just read; None in a new store, or where it was read before.
+
+        Raises:
+            WrongState: the clock is more than ten minutes behind what was stored (CLOCK_SKEW).
+        """
+        clock, last = self._clock.now(), self._latest(stored)
         if last is not None and last - clock > SKEW_MAX:
             raise WrongState(
                 Reason.CLOCK_SKEW, "the verifier's clock went backwards, it decides nothing until it has caught up"
@@ -51,8 +62,7 @@ class Timekeeper:
         """Take note of a time that a transaction carried."""
         self._last = time if self._last is None else max(self._last, time)
 
-    async def _latest(self) -> datetime | None:
-        stored = await self._ask()
+    def _latest(self, stored: datetime | None) -> datetime | None:
         if stored is not None:
             self.stored(stored)
         return self._last

@@ -87,8 +87,11 @@ class Library:
             self._files, self._applied = files, applied
             return self._put(documents, prepared)
 
-    async def current(self) -> Documents:
+    async def current(self, revision: int | None = None) -> Documents:
         """What is on file now: the same snapshot as long as the store's revision is the same.
+
+        Args:
+            revision: the store's, where it was just read.
 
         Raises:
             InvalidInput: no folder was loaded yet and the folder is bad.
@@ -97,7 +100,9 @@ class Library:
         known = self._documents
         if known is None:
             return await self.load()
-        if await self._rows.revision() == known.revision:
+        if revision is None:
+            revision = await self._rows.revision()
+        if revision == known.revision:
             return known
         async with self._lock:
             revision, applied = await self._read_rows()

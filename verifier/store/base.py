@@ -23,6 +23,7 @@ from verifier.store.rows import (
     ChainedRecord,
     Checkpoint,
     DocumentRow,
+    Known,
     LaunchFilter,
     LaunchRow,
     LedgerRow,
@@ -42,6 +43,15 @@ class Store(Protocol):
 
     async def last_time(self) -> datetime | None:
         """The latest time that any transaction carried; None in a new store."""
+        ...
+
+    async def known(self, key: RequestKey, launch_id: UUID | None = None) -> Known:
+        """All that a decision begins with, in one look.
+
+        Args:
+            key: of the request that is to be decided.
+            launch_id: the launch that it is about. It is seen as it was when the request was looked for, or later.
+        """
         ...
 
     async def request(self, key: RequestKey) -> RequestRow | None:

@@ -164,6 +164,25 @@ class LaunchRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Known:
+    """What a store knows at the moment at which something is to be decided.
+
+    Attributes:
+        time: the latest time that any transaction carried; None in a new store.
+        revision: of the documents.
+        request: what was kept under the key of the request that is to be decided; None where it is new.
+        launch: the launch that it is about; None for none.
+        pdh_oldest: the oldest firmware that the launch's PDH was used under; None for one that was never sighted.
+    """
+
+    time: datetime | None
+    revision: int
+    request: RequestRow | None
+    launch: LaunchRow | None = None
+    pdh_oldest: tuple[int, int, int] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class LedgerRow:
     """How far a grant is spent. A new grant's is all zero.
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from uuid import UUID
 
 from verifier.store.engine import Transaction, unavailable
 from verifier.store.rows import (
+    Known,
     LaunchFilter,
     LaunchRow,
     LedgerRow,
@@ -32,6 +34,36 @@ class Launches(OverEngine):
         """See `Store`."""
         row = await self._row("SELECT time FROM audit_head")
         return None if row is None or row[0] is None else time_of(row[0])
+
+    async def known(self, key: RequestKey, launch_id: UUID | None = None) -> Known:
+        """See `Store`."""
+
+        def work(transaction: Transaction) -> Known:
+            row = transaction.row(
+                "SELECT audit_head.time, mark.value, request.content, request.launch_id FROM audit_head "
+                "JOIN mark ON mark.name='revision' "
+                "LEFT JOIN request ON request.caller=? AND request.method=? AND request.request_id=?",
+                *key_cells(key),
+            )
+            if row is None:
+                raise ValueError("the schema begins with a head and a revision")
+            time, revision, content, opened = row
+            request = None if content is None else RequestRow(key=key, content=content, launch_id=UUID(opened))
+            known = Known(time=None if time is None else time_of(time), revision=revision, request=request)
+            found = None
+            if launch_id is not None:
+                found = transaction.row(
+                    f"SELECT api_major, api_minor, build, {LAUNCH_COLUMNS} "  # noqa: S608 -- a constant list
+                    "FROM launch LEFT JOIN pdh USING (pdh_fingerprint) WHERE launch_id=?",
+                    str(launch_id),
+                )
+            if found is None:
+                return known
+            return replace(
+                known, launch=launch_of(found[3:]), pdh_oldest=None if found[0] is None else (found[0], *found[1:3])
+            )
+
+        return await self._engine.read(work)
 
     async def request(self, key: RequestKey) -> RequestRow | None:
         """See `Store`."""

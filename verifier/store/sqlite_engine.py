@@ -4,22 +4,26 @@ All work runs on the engine's own thread, one transaction after the other, so a 
 transaction open. Whatever SQLite raises becomes `Unavailable(STORE_UNAVAILABLE)` after a rollback, and the connection
 is made anew for the next call: a disk that has space again, or is writable again, needs no restart.
 
-`on_step` is called on that thread before and after each commit. The composition root passes nothing; the crash tests
-pass a function that kills the process.
+Transactions that wait for the thread share one commit, each in a savepoint of its own: the disk is waited for once, and
+nobody is answered before. Where that commit does not come about, each of them is tried alone.
+
+`on_step` is called on that thread for each transaction before and after its commit. The composition root passes
+nothing; the crash tests pass a function that kills the process.
 """
 
 from __future__ import annotations
 
-import asyncio
 import sqlite3
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
+from common.errors import Unavailable
 from verifier.store import sqlite_file
 from verifier.store.engine import Row, T, Transaction, Value, no_step, unavailable
+from verifier.store.worker import Call, Worker, Write
 
 
 class SqliteTransaction:
@@ -80,7 +84,7 @@ class SqliteEngine:
         self._folder = folder
         self._path = folder / sqlite_file.FILE_NAME
         self._on_step = on_step
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="store")
+        self._worker = Worker("store", self._write)
         self._connection: sqlite3.Connection | None = None
         self._lock: sqlite_file.FolderLock | None = None
         self._inode = (0, 0)
@@ -98,7 +102,7 @@ class SqliteEngine:
             except sqlite3.Error as error:
                 raise sqlite_file.store_unavailable(error, "be opened") from error
 
-        await asyncio.get_running_loop().run_in_executor(self._thread, start)
+        await self._worker.do(Call(start))
 
     async def close(self) -> None:
         """Let go of the file, the lock and the thread."""
@@ -109,8 +113,8 @@ class SqliteEngine:
                 self._lock.release()
                 self._lock = None
 
-        await asyncio.get_running_loop().run_in_executor(self._thread, stop)
-        self._thread.shutdown(wait=True)
+        await self._worker.do(Call(stop))
+        await self._worker.end()
 
     async def read(self, work: Callable[[Transaction], T]) -> T:
         """See `Engine`."""
@@ -123,36 +127,61 @@ class SqliteEngine:
                 self._disconnect()
                 raise sqlite_file.store_unavailable(error, "be read") from error
 
-        return await asyncio.get_running_loop().run_in_executor(self._thread, run)
+        return await self._worker.do(Call(run))
 
     async def write(self, name: str, work: Callable[[Transaction], T]) -> T:
         """See `Engine`."""
-
-        def run() -> T:
-            try:
-                self._still_there()
-                connection = self._connected()
-                connection.execute("BEGIN IMMEDIATE")
-                result = work(SqliteTransaction(connection))
-                self._on_step(f"{name}:before-commit")
-                connection.execute("COMMIT")
-            except (sqlite3.Error, OSError) as error:
-                self._roll_back()
-                self._disconnect()
-                raise sqlite_file.store_unavailable(error, "be written") from error
-            except BaseException:
-                self._roll_back()
-                raise
-            self._on_step(f"{name}:after-commit")
-            return result
-
-        return await asyncio.get_running_loop().run_in_executor(self._thread, run)
+        return await self._worker.do(Write(name, work))
 
     async def flush(self) -> None:
         """Empty the write-ahead log: in the file itself, what was erased is overwritten."""
         await self.read(lambda transaction: transaction.rows("PRAGMA wal_checkpoint(TRUNCATE)"))
 
     # The thread's half.
+
+    def _write(self, writes: Sequence[Write[Any]]) -> None:
+        """Carry transactions out: in one commit, or each in its own where that one does not come about."""
+        if len(writes) > 1 and self._commit(writes):
+            return
+        for each in writes:
+            each.error = None
+            self._commit([each])
+
+    def _commit(self, writes: Sequence[Write[Any]]) -> bool:
+        """Carry transactions out in one commit; whether all of them have their answer with that."""
+        kept = []
+        try:
+            self._still_there()
+            connection = self._connected()
+            connection.execute("BEGIN IMMEDIATE")
+            for each in writes:
+                connection.execute("SAVEPOINT one")
+                try:
+                    each.result = each.work(SqliteTransaction(connection))
+                    self._on_step(f"{each.name}:before-commit")
+                except (sqlite3.Error, OSError):
+                    raise
+                except BaseException as error:  # noqa: BLE001 -- raised where somebody waits for it
+                    each.error = error
+                    connection.execute("ROLLBACK TO one")
+                else:
+                    kept.append(each)
+                connection.execute("RELEASE one")
+            connection.execute("COMMIT" if kept else "ROLLBACK")
+        except (sqlite3.Error, OSError, Unavailable) as error:
+            rolled_back = self._roll_back()
+            self._disconnect()
+            for each in writes:
+                each.error = (
+                    error if isinstance(error, Unavailable) else sqlite_file.store_unavailable(error, "be written")
+                )
+            return not rolled_back
+        for each in kept:
+            try:
+                self._on_step(f"{each.name}:after-commit")
+            except BaseException as error:  # noqa: BLE001 -- the same
+                each.error = error
+        return True
 
     def _remember_file(self) -> None:
         status = self._path.stat()
@@ -180,7 +209,10 @@ class SqliteEngine:
             self._disconnect()
             raise unavailable("the store's file is not the file that was opened")
 
-    def _roll_back(self) -> None:
+    def _roll_back(self) -> bool:
+        """Give up a transaction; whether there was one to give up, so that it certainly was not committed."""
         if self._connection is not None and self._connection.in_transaction:
             with suppress(sqlite3.Error):
                 self._connection.execute("ROLLBACK")
+                return True
+        return False

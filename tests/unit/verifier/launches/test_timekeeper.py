@@ -64,3 +64,14 @@ async def test_what_was_only_read_does_not_count() -> None:
     await keeper.now_for_decisions()
     clock.time = START
     assert await keeper.now_for_decisions() == START
+
+
+def test_a_time_that_was_read_with_the_rest_counts_as_one_that_was_asked_for() -> None:
+    clock = SettableClock(START)
+    keeper = Timekeeper(clock, Stored())
+    later = START + timedelta(minutes=5)
+    assert keeper.for_decisions(later) == later
+    # It stays known, where nothing was read anew.
+    assert keeper.for_decisions(None) == later
+    with pytest.raises(WrongState):
+        keeper.for_decisions(START + SKEW_MAX + timedelta(seconds=1))

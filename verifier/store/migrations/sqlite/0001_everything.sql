@@ -72,8 +72,8 @@ CREATE TABLE request (
   method     TEXT NOT NULL,
   request_id TEXT NOT NULL,
   content    BLOB NOT NULL CHECK (length(content) = 32),
-  -- Deferred: a request is written before its launch, so that a second one of the same id waits for the first.
-  launch_id  TEXT NOT NULL REFERENCES launch DEFERRABLE INITIALLY DEFERRED,
+  -- No REFERENCES: a request is written before its launch, and SQLite would look for it among all requests then.
+  launch_id  TEXT NOT NULL,
   PRIMARY KEY (caller, method, request_id)
 ) STRICT, WITHOUT ROWID;
 
@@ -162,6 +162,9 @@ CREATE TABLE checkpoint (
   number INTEGER PRIMARY KEY,
   token  TEXT NOT NULL
 ) STRICT;
+
+-- Launches end and stay; here a request does not hold its launch.
+CREATE TRIGGER launch_is_not_removed BEFORE DELETE ON launch BEGIN SELECT raise(ABORT, 'launches are not removed'); END;
 
 -- Records are only ever added.
 CREATE TRIGGER audit_is_not_changed BEFORE UPDATE ON audit BEGIN SELECT raise(ABORT, 'audit records are not changed'); END;
