@@ -160,8 +160,14 @@ class Workload:
 
 
 def version_order(version: str) -> tuple[tuple[int, int, str], ...]:
-    """Sorts versions naturally: numbers as numbers (`1.9` before `1.10`), and what is longer is newer."""
-    return tuple((1, int(part), "") if part.isdigit() else (0, 0, part) for part in re.findall(r"\d+|\D+", version))
+    """Sorts versions naturally: numbers as numbers (`1.9` before `1.10`), and what is longer is newer.
+
+    Any text has a place, as it may come from a request: numbers of any length, digits of other scripts as letters.
+    """
+    parts = re.findall(r"([0-9]+)|([^0-9]+)", version)
+    return tuple(
+        (1, len(number.lstrip("0")), number.lstrip("0")) if number else (0, 0, words) for number, words in parts
+    )
 
 
 def among(version: str, versions: Iterable[str]) -> bool:

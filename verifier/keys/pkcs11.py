@@ -68,7 +68,6 @@ class TokenKey:
         self._monotonic = monotonic
         self._kept: tuple[FileKey, float] | None = None  # and until when
         self._asking: Future[FileKey] | None = None
-        self._why = "the key token was not asked yet"
 
     @property
     def key_id(self) -> bytes:
@@ -92,7 +91,8 @@ class TokenKey:
             if self._monotonic() < until:
                 return key
             self._kept = None
-        raise Unavailable(Reason.KEY_UNAVAILABLE, self._why)
+        # Callers read it: what is wrong with which token, and where its PIN lies, is in the owner's log (`keep_fresh`).
+        raise Unavailable(Reason.KEY_UNAVAILABLE, "the sealing key is out of reach")
 
     async def refresh(self) -> None:
         """Ask the token, in a thread, and keep the key for `keep` seconds from now.
@@ -108,11 +108,7 @@ class TokenKey:
             async with asyncio.timeout(PATIENCE_S):
                 key = await asyncio.shield(asyncio.wrap_future(self._asking))
         except TimeoutError:
-            self._why = "the key token does not answer"
-            raise Unavailable(Reason.KEY_UNAVAILABLE, self._why) from None
-        except Unavailable as error:
-            self._why = error.message
-            raise
+            raise Unavailable(Reason.KEY_UNAVAILABLE, "the key token does not answer") from None
         self._kept = (key, asked + self._keep)
 
     async def keep_fresh(self, log: Log) -> NoReturn:

@@ -295,3 +295,10 @@ async def test_warnings_are_about_what_else_is_on_file(site: OwnerSite) -> None:
 async def test_warnings_come_with_the_document(site: OwnerSite) -> None:
     applied = await site.apply(workload("shop", policy={"allow": ["debug"]}))
     assert any("debug" in each for each in applied.document.warnings)
+
+
+@pytest.mark.parametrize("version", ["²", "9" * 5000, "nothing"])
+async def test_a_version_that_no_document_can_have_is_not_on_file(site: OwnerSite, version: str) -> None:
+    await site.apply(grant())
+    with pytest.raises(NotFound):
+        await site.owner.documents.get(Kind.GRANT, "fleet", version)

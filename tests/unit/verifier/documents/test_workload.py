@@ -269,6 +269,14 @@ def test_listed_digests_carry_labels_and_an_area() -> None:
 def test_versions_sort_naturally() -> None:
     versions = ["1.10", "1.9", "1.9.1", "2", "1.9b", "10"]
     assert sorted(versions, key=version_order) == ["1.9", "1.9.1", "1.9b", "1.10", "2", "10"]
+    assert version_order("1.0") == version_order("01.000") != version_order("1.")
+    assert version_order("0") < version_order("1")
+
+
+@pytest.mark.parametrize("text", ["²", "٣", "9" * 5000, "", "1." + "0" * 5000])
+def test_any_text_has_a_place_among_versions(text: str) -> None:
+    assert version_order(text) < version_order(text + "a")
+    assert version_order("9" * 5000) < version_order("1" + "0" * 5000)
 
 
 @pytest.mark.parametrize("callers", [None, []])

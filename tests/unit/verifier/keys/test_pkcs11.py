@@ -73,7 +73,7 @@ async def refusal(key: TokenKey) -> SevattestError:
 
 async def test_what_is_sealed_opens_with_the_token_and_not_before(token: SoftToken, path: Path) -> None:
     key = read_wrapped_key_file(path, token.settings)
-    with pytest.raises(Unavailable, match="not asked yet") as caught:
+    with pytest.raises(Unavailable) as caught:
         key.seal(b"secret", b"place")
     assert caught.value.reason is Reason.KEY_UNAVAILABLE
     await key.refresh()
@@ -121,7 +121,7 @@ async def test_a_pulled_token_is_missed_when_the_kept_key_runs_out_and_welcome_w
     now += 59.9
     assert key.unseal(sealed, b"place") == b"secret"
     now += 0.1
-    with pytest.raises(Unavailable, match="is not there") as caught:
+    with pytest.raises(Unavailable) as caught:
         key.unseal(sealed, b"place")
     assert caught.value.reason is Reason.KEY_UNAVAILABLE
     with pytest.raises(Unavailable):
@@ -188,6 +188,24 @@ async def test_a_refused_pin_is_not_tried_again_until_its_file_changes(
     token.write_pin(PIN)
     await key.refresh()
     assert asked == 2
+
+
+async def test_whoever_needs_the_key_is_told_nothing_of_the_token_or_of_where_its_pin_lies(
+    token: SoftToken, content: bytes
+) -> None:
+    now = 1000.0
+    key = TokenKey(content, Token(token.settings), keep=60, monotonic=lambda: now)
+    await key.refresh()
+    sealed = key.seal(b"secret", b"place")
+    now += 61
+    pin_file = token.settings.pin_file
+    for damage in (token.pull, pin_file.unlink):
+        damage()
+        assert TOKEN in (told := (await refusal(key)).message) or str(pin_file) in told
+        for step in (lambda: key.seal(b"secret", b"place"), lambda: key.unseal(sealed, b"place")):
+            with pytest.raises(Unavailable) as caught:
+                step()
+            assert caught.value.message == "the sealing key is out of reach"
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604])
