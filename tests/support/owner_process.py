@@ -86,7 +86,7 @@ def owners_verifier(extra: str = "") -> Iterator[OwnersVerifier]:
             process = subprocess.Popen(
                 words, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=Path(__file__).parents[2]
             )
-        with ServingVerifier(process=process, address="") as serving:
+        with ServingVerifier(process=process, address="", log=folder / "log") as serving:
             yield OwnersVerifier(
                 site=site,
                 process=serving,

@@ -24,9 +24,10 @@ from common.rpc.identity import Role
 from sevattest.v1 import verifier_service_pb2_grpc
 from tests.support.chains import SyntheticPlatform, make_platform
 from tests.support.desk import KEK
+from tests.support.documents import SECRET, write_artefacts, write_document
 from tests.support.documents import workload as document
-from tests.support.documents import write_artefacts, write_document
 from tests.support.pki import DATACENTER_DOMAIN, OWNER_DOMAIN, Pki
+from tests.support.spellings import leaks
 
 _START_TIMEOUT = 60.0
 
@@ -158,7 +159,7 @@ extra_roots = ["ask_ark.cert"]
             process.kill()
             process.communicate()
             raise NotServing(f"the verifier did not start: {log.read_text()}")
-        return ServingVerifier(process=process, address=said["serving"], admin=said.get("serving owners"))
+        return ServingVerifier(process=process, address=said["serving"], admin=said.get("serving owners"), log=log)
 
 
 @dataclass(kw_only=True)
@@ -169,11 +170,13 @@ class ServingVerifier:
         process: itself.
         address: for orchestrators.
         admin: for owners.
+        log: where it logs to; looked through for the secrets of all tests when it has ended.
     """
 
     process: subprocess.Popen[str]
     address: str
     admin: str | None = None
+    log: Path | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -185,6 +188,7 @@ class ServingVerifier:
         """SIGKILL: no step of the process's own runs after it."""
         self.process.kill()
         self.process.communicate()
+        self._require_discreet()
 
     def stop(self) -> int:
         """SIGTERM, and the exit code."""
@@ -195,7 +199,13 @@ class ServingVerifier:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.communicate()
+        self._require_discreet()
         return self.process.returncode
+
+    def _require_discreet(self) -> None:
+        """Whatever a test was about: what it logged holds neither its key file nor a guest's secret."""
+        if self.log is not None and self.log.exists():
+            assert leaks({"KEK": KEK, "secret": SECRET}, {"log": self.log.read_bytes()}) == []
 
     async def wait_dead(self) -> int:
         """The exit code of a process that is about to die."""
