@@ -12,6 +12,7 @@ from typing import Any
 from tests.support.documents import grant, workload
 
 GRANT = "hammered"
+HAMMERED = "hammered"  # the property of a test's report that holds a run's counts
 LIFETIME_S = 10  # of a launch: the shortest that a workload may have
 
 

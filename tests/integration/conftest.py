@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.hammer.plan import HAMMERED
 from tests.support.kill_table import rows
 from tests.support.platform import Platform
 from tests.support.postgres import own_postgres_server, postgres_schema, postgres_server
@@ -21,9 +22,15 @@ def host(tmp_path: Path, platform: Platform) -> Host:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print the table of kills, where tests of it ran."""
+    """Print the table of kills and the counts of the hammer, where tests of them ran."""
     reports = terminalreporter.getreports("passed")
-    table = list(rows(each for report in reports for each in report.user_properties))
+    properties = [each for report in reports for each in report.user_properties]
+    hammered = [str(value) for name, value in properties if name == HAMMERED]
+    if hammered:
+        terminalreporter.section("a grant under the hammer")
+        for told in hammered:
+            terminalreporter.write_line(told)
+    table = list(rows(properties))
     if table:
         terminalreporter.section("the guest after a kill -9 of the agent")
         for line in table:

@@ -10,7 +10,7 @@ from uuid import uuid4
 
 import pytest
 
-from tests.hammer.plan import Plan, Tally
+from tests.hammer.plan import HAMMERED, Plan, Tally
 from tests.hammer.proof import Evidence, complaints
 from tests.hammer.run import hammer, report
 from tests.support.postgres import Server
@@ -34,10 +34,11 @@ def valid(plan: Plan, tally: Tally, evidence: Evidence) -> bool:
     )
 
 
-async def hammered(plan: Plan, server: Server | None = None) -> Evidence:
+async def hammered(plan: Plan, tell: Callable[[str, object], None], server: Server | None = None) -> Evidence:
+    """Run the plan, tell its counts, and see that everything holds."""
     tally, evidence = await hammer(plan, server)
     said = report(plan, tally, evidence)
-    print("\n".join(said))  # noqa: T201 -- pytest shows it where the test fails, and with -s
+    tell(HAMMERED, "\n".join(said))
     assert complaints(evidence) == [], said
     assert valid(plan, tally, evidence), said
     return evidence
@@ -48,15 +49,18 @@ def seed() -> int:
     return random.SystemRandom().randrange(1 << 32)
 
 
-async def test_a_grant_over_sqlite_is_spent_exactly_while_its_verifier_is_killed() -> None:
-    evidence = await hammered(Plan(seed=seed(), replicas=1, launches=30, deaths=3, lies=2, changes=3, kills=3))
-    sees_everything(evidence)
+async def test_a_grant_over_sqlite_is_spent_exactly_while_its_verifier_is_killed(
+    record_property: Callable[[str, object], None],
+) -> None:
+    plan = Plan(seed=seed(), replicas=1, launches=30, deaths=3, lies=2, changes=3, kills=3)
+    sees_everything(await hammered(plan, record_property))
 
 
 async def test_a_grant_over_postgresql_is_spent_exactly_while_replicas_and_the_database_die(
-    own_postgres_server: Server,
+    record_property: Callable[[str, object], None], own_postgres_server: Server
 ) -> None:
-    await hammered(Plan(seed=seed(), replicas=2, launches=100, kills=5, restarts=2), own_postgres_server)
+    plan = Plan(seed=seed(), replicas=2, launches=100, kills=5, restarts=2)
+    await hammered(plan, record_property, own_postgres_server)
 
 
 # The proof itself must see what it is there to see: each of these is a run in which one thing went wrong.
