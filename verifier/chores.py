@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import NoReturn
 
 from common.amd.kds import KeyService
-from common.audit.chain import Head
+from common.audit.chain import Head, Link, broken, record_fields, verify_chain
 from common.audit.checkpoint import checkpoint_claims
 from common.audit.jws import CHECKPOINT_TYPE
 from common.errors import SevattestError
@@ -26,25 +26,31 @@ from verifier.launches.platforms import DenyList
 from verifier.launches.release import REPEATS
 from verifier.launches.timekeeper import Timekeeper
 from verifier.store.base import Store
-from verifier.store.rows import Checkpoint
+from verifier.store.rows import ChainedRecord, Checkpoint
 
 # A key service that did not answer is asked again for the deny-list's chips after this time.
 _RESOLVE_AGAIN_S = 600.0
 _REWRAP_BATCH = 100
+_RECORDS = 200  # verified at once before a checkpoint: some milliseconds
 # Where nothing is left to re-wrap; new keys come with a SIGHUP, which wakes the chore.
 _REWRAP_PAUSE_S = 60.0
 
 
 class Checkpoints:
-    """Signs the head of the audit log, now and then."""
+    """Signs the head of the audit log, now and then.
+
+    What was signed last is remembered, and nothing is signed that does not follow from it: who has the database alone
+    could otherwise write the log anew and have that signed.
+    """
 
     def __init__(self, *, store: Store, signer: Signer, issuer: str, time: Timekeeper, config: AuditConfig) -> None:
+        """Take the means. What the log is at first is believed."""
         self._store = store
         self._signer = signer
         self._issuer = issuer
         self._time = time
         self._config = config
-        self._signed = 0  # number of the last record that is known to be signed
+        self._signed: Head | None = None
         self._clock = asyncio.get_running_loop().time
         self._last = float("-inf")
 
@@ -53,25 +59,62 @@ class Checkpoints:
 
         Raises:
             Unavailable: the store has no answer.
+            Refused: the log is not the one that was signed (BAD_SIGNATURE); it is not signed.
         """
-        number, digest = await self._store.head()
-        new = number - self._signed
+        new = await self._new()
         due = new >= self._config.checkpoint_records
         due |= new > 0 and self._clock() - self._last >= self._config.checkpoint_interval
         if due:
-            await self._sign(Head(number=number, hash=digest))
+            await self._sign()
 
     async def finish(self) -> None:
-        """Sign the head, where it is not signed yet: a service that stops leaves nothing unsigned."""
-        number, digest = await self._store.head()
-        if number > self._signed:
-            await self._sign(Head(number=number, hash=digest))
+        """Sign the head, where it is not signed yet: a service that stops leaves nothing unsigned.
 
-    async def _sign(self, head: Head) -> None:
+        Raises:
+            Unavailable, Refused: see `maybe`.
+        """
+        if await self._new() > 0:
+            await self._sign()
+
+    async def _new(self) -> int:
+        """How many records there are since this process signed last."""
+        number, _ = await self._store.head()
+        signed = 0 if self._signed is None else self._signed.number
+        if number < signed:
+            raise broken(number + 1, f"is missing: the log was signed up to record {signed}")
+        return number - signed
+
+    async def _head(self) -> Head:
+        """Where the log stands, as its records lead there from what was signed last."""
+        if self._signed is None:
+            number, digest = await self._store.head()
+            return Head(number=number, hash=digest)
+        head, full = self._signed, True
+        while full:
+            found = await self._store.records(None, after=head.number, limit=_RECORDS)
+            head, full = verify_chain(map(_link, found), head), len(found) == _RECORDS
+        return head
+
+    async def _sign(self) -> None:
+        head = await self._head()
         claims = checkpoint_claims(head, time=await self._time.now(), issuer=self._issuer)
         token = self._signer.sign(claims, typ=CHECKPOINT_TYPE)
         await self._store.keep_checkpoint(Checkpoint(number=head.number, token=token))
-        self._signed, self._last = head.number, self._clock()
+        self._signed, self._last = head, self._clock()
+
+
+def _link(chained: ChainedRecord) -> Link:
+    record = chained.record
+    fields = record_fields(
+        audit_id=record.audit_id,
+        time=record.time,
+        event=record.event,
+        launch_id=record.launch_id,
+        caller=record.caller,
+        reason=record.reason,
+        body=record.body,
+    )
+    return Link(number=chained.number, hash=chained.hash, fields=fields)
 
 
 async def sweep(
@@ -88,7 +131,7 @@ async def sweep(
 ) -> NoReturn:
     """Ends launches whose time ran out, erases packets a day after release, signs the log.
 
-    Watches what no launch goes on without, too: the store, the clock, the sealing key.
+    Watches what no launch goes on without, too: the store, the clock, the sealing key, a log that is the one it signed.
     """
 
     async def tend() -> None:
@@ -96,7 +139,6 @@ async def sweep(
         await store.erase_packets(await time.now() - REPEATS)
         await store.flush_erased()
         await store.check()
-        await checkpoints.maybe()
         await renew()
 
     async def seal() -> None:
@@ -106,6 +148,7 @@ async def sweep(
         ("store", "store.unavailable", tend),
         ("clock", "clock.behind", time.now_for_decisions),
         ("keys", "keys.unavailable", seal),
+        ("audit", "audit.broken", checkpoints.maybe),
     )
     while True:
         for cause, event, look in watched:

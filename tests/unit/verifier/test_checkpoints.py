@@ -1,0 +1,131 @@
+"""The verifier signs where its log stands, and no log that does not follow from what it signed before."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from common.audit.chain import record_hash
+from common.audit.checkpoint import verify_checkpoints
+from common.audit.jws import read_key_set
+from common.errors import Reason, Refused
+from tests.support.desk import VERIFIER, Desk, desk
+from tests.support.store_rows import audit
+from verifier.chores import Checkpoints
+from verifier.config import AuditConfig
+from verifier.store.sql_rows import AUDIT_COLUMNS
+from verifier.store.sqlite_file import FILE_NAME
+
+
+@pytest.fixture
+async def d(tmp_path: Path) -> AsyncIterator[Desk]:
+    async with desk(tmp_path) as opened:
+        yield opened
+
+
+def checkpoints(d: Desk) -> Checkpoints:
+    """One process's, which signs every two records."""
+    return Checkpoints(
+        store=d.store,
+        signer=d.dependencies.signer,
+        issuer=VERIFIER,
+        time=d.dependencies.time,
+        config=AuditConfig(checkpoint_records=2, checkpoint_interval=86_400),
+    )
+
+
+async def record(d: Desk, count: int) -> None:
+    for _ in range(count):
+        await d.store.record(audit(time=d.clock.now()))
+
+
+async def signed(d: Desk) -> list[int]:
+    """The numbers of the records that were signed."""
+    keys = read_key_set(json.dumps(d.dependencies.signer.jwks()).encode())
+    tokens = [each.token for each in await d.store.checkpoints(after=0, limit=100)]
+    return [each.head.number for each in verify_checkpoints(tokens, keys)]
+
+
+def write_anew(d: Desk, number: int, body: str, *, head: int | None = None) -> None:
+    """Change a record and all hashes after it, so that the log fits again, and take all checkpoints away.
+
+    Args:
+        d: whose log.
+        number: of the record.
+        body: what it gets.
+        head: of the record that becomes the last one; None leaves the end where it is.
+    """
+    connection = sqlite3.connect(d.folder / "state" / FILE_NAME, isolation_level=None)
+    try:
+        for (trigger,) in connection.execute("SELECT name FROM sqlite_schema WHERE type='trigger'").fetchall():
+            connection.execute(f"DROP TRIGGER {trigger}")
+        connection.execute("DELETE FROM checkpoint")
+        connection.execute("UPDATE audit SET body=? WHERE number=?", (body, number))
+        if head is not None:
+            connection.execute("DELETE FROM audit WHERE number>?", (head,))
+        digest, last = bytes(32), 0
+        rows = connection.execute(f"SELECT number, {AUDIT_COLUMNS} FROM audit ORDER BY number").fetchall()  # noqa: S608 -- constants
+        for last, *values in rows:
+            digest = record_hash(digest, last, dict(zip(AUDIT_COLUMNS.split(", "), values, strict=True)))
+            connection.execute("UPDATE audit SET hash=? WHERE number=?", (digest, last))
+        connection.execute("UPDATE audit_head SET number=?, hash=?", (last, digest))
+    finally:
+        connection.close()
+
+
+async def test_the_head_is_signed_when_enough_was_recorded_and_at_the_end(
+    d: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("verifier.chores._RECORDS", 2)  # so that a page is full, and the next one empty
+    chore = checkpoints(d)
+    await record(d, 1)
+    await chore.maybe()  # the first one of a process is due at once
+    for count in (1, 3, 4):
+        await record(d, count)
+        await chore.maybe()
+    await record(d, 1)
+    await chore.maybe()
+    assert await signed(d) == [1, 5, 9]
+    await chore.finish()
+    await chore.finish()
+    assert await signed(d) == [1, 5, 9, 10]
+
+
+async def test_a_log_that_was_written_anew_with_all_its_hashes_is_not_signed(d: Desk) -> None:
+    chore = checkpoints(d)
+    await record(d, 3)
+    await chore.maybe()
+    await record(d, 2)
+    write_anew(d, 2, '{"nothing":"was released"}')
+    await record(d, 2)
+    for sign in (chore.maybe, chore.finish):
+        with pytest.raises(Refused) as caught:
+            await sign()
+        assert caught.value.reason is Reason.BAD_SIGNATURE
+        assert caught.value.fields["number"] == "4"
+    assert await signed(d) == []
+
+
+async def test_a_log_that_lost_what_was_signed_is_not_signed_until_it_is_that_long_again_nor_then(d: Desk) -> None:
+    chore = checkpoints(d)
+    await record(d, 5)
+    await chore.maybe()
+    write_anew(d, 1, "{}", head=2)
+    for count in (1, 1, 4):  # 3 records, 4, 8
+        await record(d, count)
+        for sign in (chore.maybe, chore.finish):
+            with pytest.raises(Refused):
+                await sign()
+    assert await signed(d) == []
+
+
+async def test_what_another_replica_recorded_and_signed_is_signed_on(d: Desk) -> None:
+    one, other = checkpoints(d), checkpoints(d)
+    for chore in (one, other, one, other):
+        await record(d, 3)
+        await chore.maybe()
+    assert await signed(d) == [3, 6, 9, 12]
