@@ -173,6 +173,7 @@ def owned_launch_message(launch: OwnedLaunch) -> pb.OwnedLaunch:
         firmware=None if launch.firmware is None else wire.firmware_version_to_proto(launch.firmware),
         audit_id="" if launch.audit_id is None else str(launch.audit_id),
         explanation=launch.explanation or "",
+        chip=launch.chip,
     )
 
 

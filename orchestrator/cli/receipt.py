@@ -21,7 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     verify = actions.add_parser("verify", help="verify a receipt's signature and print its claims")
-    verify.add_argument("file", metavar="FILE", help="the receipt, as `sevattest launch` wrote it; - for stdin")
+    verify.add_argument(
+        "file", metavar="FILE", help="the receipt: `receipt_token` of `sevattest launch --json`; - for stdin"
+    )
     verify.add_argument(
         "--jwks", metavar="FILE", type=Path, required=True, help="the verifier's public keys, from the guest owner"
     )

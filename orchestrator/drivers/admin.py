@@ -274,6 +274,7 @@ def _launch(message: pb.OwnedLaunch) -> OwnedLaunch:
         grant=message.grant or None,
         generation=launch.platform.generation,
         fingerprint=launch.platform.fingerprint,
+        chip=message.chip or None,
         firmware=None if firmware is None else str(firmware),
         create_time=_time(launch.create_time),
         expire_time=_time(launch.expire_time),

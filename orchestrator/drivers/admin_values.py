@@ -83,6 +83,7 @@ class OwnedLaunch:
         grant: that it spends; None for none.
         generation: the platform's.
         fingerprint: of the chip's key, lower-case hex.
+        chip: the pseudonym by which the audit log, the verifier's log and receipts know it; None of an older verifier.
         firmware: proven for a released launch, the host's word for a refused one; None before.
         create_time: when it began.
         expire_time: until when a measurement may come.
@@ -101,6 +102,7 @@ class OwnedLaunch:
     grant: str | None
     generation: str
     fingerprint: str
+    chip: str | None
     firmware: str | None
     create_time: datetime
     expire_time: datetime

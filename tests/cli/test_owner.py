@@ -185,7 +185,7 @@ def test_a_grant_is_described_with_what_is_spent(served: OwnersVerifier, tmp_pat
     owner(served, "apply", "-f", write(tmp_path, grant(name, callers=[orchestrator(name)])))
     begin(served, name)
     lines = owner(served, "describe", "grant", name).out.splitlines()
-    assert lines[:3] == [f"grant {name}", "  can be spent", "  released 0, open 1, refused 0"]
+    assert lines[:3] == [f"grant {name}", "  can be spent", "  released 0 of 10, open 1 of 2, refused 0"]
     assert json.loads(owner(served, "describe", "grant", name, "--json").out)["status"]["open"] == 1
     assert f"  grants: {name}" in owner(served, "describe", "workload", "web").out or name in (
         owner(served, "describe", "workload", "web").out
@@ -271,6 +271,9 @@ def test_launches_are_listed_and_shown(served: OwnersVerifier) -> None:
         each for each in json.loads(owner(served, "launches", "list", "--json").out) if each["launch_id"] == launch_id
     ]
     assert found["caller"] == CALLER
+    assert re.fullmatch(r"chip:[0-9a-f]{32}", found["chip"])
+    assert f"  in records   {found['chip']}\n" in shown
+    assert found["chip"] in owner(served, "audit", "list", "--launch", launch_id, "--json").out
     assert len(json.loads(owner(served, "launches", "list", "--limit", "1", "--json").out)) == 1
     assert owner(served, "launches", "get", str(uuid4())).code == 2
     assert owner(served, "launches", "get", "garbage").code == 2
@@ -317,7 +320,7 @@ def test_a_watch_on_a_terminal_draws_a_table_over_itself(served: OwnersVerifier)
     assert (process.returncode, err) == (130, b"")
     frame = drawn.split(b"\x1b[H")[1].replace(b"\x1b[K", b"").replace(b"\x1b[J", b"").decode()
     lines = frame.splitlines()
-    assert lines[0].startswith("LAUNCH ")
+    assert lines[0].split()[:3] == ["LAUNCH", "STATE", "WHY"]
     assert len(lines) <= 4
     assert max(map(len, lines)) <= 80
 
@@ -430,6 +433,7 @@ def test_records_are_printed_oldest_first(served: OwnersVerifier, tmp_path: Path
     assert (listed.code, listed.err) == (0, "")
     records = [json.loads(line) for line in listed.out.splitlines()]
     assert [each["number"] for each in records] == list(range(1, len(records) + 1))
+    assert re.search(rf"  document.applied  Grant  {name}  1  spiffe://", owner(served, "audit", "list").out)
     [applied] = [each for each in records if each.get("name") == name]
     assert (applied["event"], applied["kind"]) == ("document.applied", "Grant")
     said = owner(served, "audit", "list", "--launch", launch_id).out

@@ -196,7 +196,7 @@ class DocumentDesk:
         for each in await self._versions(kind, name):
             if version is None or version_order(version) == each.order:
                 return each
-        raise _unknown(kind, name)
+        raise _unknown(kind, name if version is None else f"{name} {version}")
 
     async def list(self, kind: Kind, page: PageRequest) -> Page[Filed]:
         """All versions of all documents of a kind, by name, the newest first.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections.abc import Callable
 
 from common.errors import InvalidInput, NotFound, Reason
 from verifier.admin.filed import read_text
@@ -21,9 +22,10 @@ LOOKED_AT = 500
 class ImpactDesk:
     """Holds launches against a revocation."""
 
-    def __init__(self, *, store: LaunchStore, library: DocumentLibrary) -> None:
-        """Take the means."""
+    def __init__(self, *, store: LaunchStore, library: DocumentLibrary, pseudonym: Callable[[str], str]) -> None:
+        """Take the means; `pseudonym` makes a chip's fingerprint its pseudonym."""
         self._store = store
+        self._pseudonym = pseudonym
         self._library = library
 
     async def touched(self, *, text: bytes, name: str, page: PageRequest) -> Page[OwnedLaunch]:
@@ -53,7 +55,8 @@ class ImpactDesk:
                 break
             last = str(row.launch_id)
             if (finding := impact(revocation, row)) is not None:
-                items.append(owned(row, {}, [Found(rule=finding.rule, message=finding.message)]))
+                found = [Found(rule=finding.rule, message=finding.message)]
+                items.append(owned(row, {}, found, chip=self._pseudonym(row.fingerprint)))
         return Page(items=items, next_token=listing.token(last) if more else "")
 
     async def _revocation(self, text: bytes, name: str) -> Revocation:

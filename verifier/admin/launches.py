@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 from uuid import UUID
@@ -39,6 +39,7 @@ class OwnedLaunch:
     Attributes:
         launch: what its caller sees.
         caller: a SPIFFE id.
+        chip: the pseudonym of the platform's chip, by which records and receipts know it.
         grant: that it spends; None for none.
         findings: why it ended, in full.
         firmware: proven for a released launch, the host's word for a refused one; None before.
@@ -48,6 +49,7 @@ class OwnedLaunch:
 
     launch: Launch
     caller: str
+    chip: str
     grant: str | None
     findings: tuple[Found, ...] = ()
     firmware: FirmwareVersion | None = None
@@ -74,9 +76,10 @@ class LaunchStore(Protocol):
 class LaunchDesk:
     """Shows launches."""
 
-    def __init__(self, store: LaunchStore) -> None:
-        """Take the store."""
+    def __init__(self, store: LaunchStore, *, pseudonym: Callable[[str], str]) -> None:
+        """Take the store, and what makes a chip's fingerprint its pseudonym."""
         self._store = store
+        self._pseudonym = pseudonym
 
     async def get(self, launch_id: UUID) -> OwnedLaunch:
         """One launch.
@@ -105,7 +108,8 @@ class LaunchDesk:
     async def _owned(self, row: LaunchRow) -> OwnedLaunch:
         # The others' records say nothing that the row does not.
         record = await self._record(row) if row.state == State.REFUSED else None
-        return owned(row, {} if record is None else msgspec.json.decode(record.body))
+        body = {} if record is None else msgspec.json.decode(record.body)
+        return owned(row, body, chip=self._pseudonym(row.fingerprint))
 
     async def _record(self, row: LaunchRow) -> AuditRow | None:
         """The record of how a launch ended."""
@@ -118,13 +122,14 @@ class LaunchDesk:
         return None
 
 
-def owned(row: LaunchRow, body: dict[str, Any], findings: Sequence[Found] | None = None) -> OwnedLaunch:
-    """A launch's row with what its audit record's body says; other findings where they are given."""
+def owned(row: LaunchRow, body: dict[str, Any], findings: Sequence[Found] | None = None, *, chip: str) -> OwnedLaunch:
+    """A launch's row with its chip's pseudonym and what its audit record's body says; other findings where given."""
     account = body.get("explanation")
     recorded = (Found(rule=each["rule"], message=each["message"]) for each in body.get("findings", ()))
     return OwnedLaunch(
         launch=view(row),
         caller=row.caller,
+        chip=chip,
         grant=row.grant,
         findings=tuple(recorded if findings is None else findings),
         firmware=None if row.firmware is None else FirmwareVersion(*row.firmware),

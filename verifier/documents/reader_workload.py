@@ -140,10 +140,7 @@ class _Reader:
         return api
 
     def _callers(self) -> frozenset[str]:
-        path = "spec.callers"
-        if not self._spec.callers:
-            self.warnings.append(f"{path}: names nobody: only grants give authority to launch this workload")
-        return self._problems.callers(path, self._spec.callers)
+        return self._problems.callers("spec.callers", self._spec.callers)
 
     def _chips(self) -> frozenset[str] | None:
         chips, path = self._spec.platforms.chips, "spec.platforms.chips"

@@ -9,9 +9,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.errors import InvalidInput, SevattestError
 from common.ids import canonical_uuid
 from orchestrator.cli.owner.connection import connected
-from orchestrator.cli.owner.files import read
+from orchestrator.cli.owner.files import about, read
 from orchestrator.cli.owner.text import as_json, clean, when
 from orchestrator.drivers.admin_values import AuditRecord
 from orchestrator.files import NewFile, write_all
@@ -19,10 +20,13 @@ from orchestrator.files import NewFile, write_all
 if TYPE_CHECKING:
     from common.audit.chain import Head, Link
     from common.audit.checkpoint import SignedHead
+    from common.audit.jws import KeySet
     from orchestrator.drivers.admin import VerifierAdmin
 
 _TOKEN_MAX = 16 * 1024
 _KEYS_MAX = 64 * 1024
+# The members that say what a record is about: of documents and secrets, of launches, and of all.
+_SUBJECT = ("kind", "name", "version", "launch_id", "reason", "caller")
 _BATCH = 1000  # records that are verified at once, so that a log of any length fits into memory
 
 
@@ -61,7 +65,7 @@ def _as_object(record: AuditRecord) -> dict[str, Any]:
 
 def _lines(record: AuditRecord) -> Iterator[str]:
     members = _as_object(record)
-    words = [str(members[name]) for name in ("launch_id", "reason", "caller") if members.get(name)]
+    words = [str(members[name]) for name in _SUBJECT if members.get(name)]
     yield "  ".join([str(record.number), when(record.time), record.event, *map(clean, words)])
     yield from (f"  {each['rule']}: {clean(each['message'])}" for each in members.get("findings", ()))
     if explanation := members.get("explanation"):
@@ -88,29 +92,44 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
 
 def run_verify(args: argparse.Namespace) -> int:
     """Read the whole log and verify it; 1 where a record was changed, removed, moved or cut off."""
-    from common.audit.checkpoint import read_checkpoint, verify_checkpoints
+    from common.audit.checkpoint import verify_checkpoints
     from common.audit.jws import read_key_set
 
-    pinned = None if args.jwks is None else read_key_set(read(args.jwks, _KEYS_MAX))
-    kept = [read(name, _TOKEN_MAX).strip() for name in args.checkpoint]
-    since = None if args.since_checkpoint is None else read(args.since_checkpoint, _TOKEN_MAX).strip()
+    try:
+        pinned = None if args.jwks is None else read_key_set(read(args.jwks, _KEYS_MAX))
+    except InvalidInput as error:
+        raise about(args.jwks, error) from error
 
     async def work(admin: VerifierAdmin) -> int:
         keys = read_key_set((await admin.jwks()).encode()) if pinned is None else pinned
+        kept = [_kept(name, keys) for name in args.checkpoint]
+        since = None if args.since_checkpoint is None else _kept(args.since_checkpoint, keys)
         # Before the records, which only become more.
         tokens = await admin.checkpoints()
-        signed = verify_checkpoints([*tokens, *kept, *([] if since is None else [since])], keys)
-        start = None if since is None else read_checkpoint(since, keys).head
+        others = [*kept, *([] if since is None else [since])]
+        signed = verify_checkpoints([*tokens, *(each for each, _ in others)], keys)
+        start = None if since is None else since[1].head
         head = await _verified(admin, signed, start)
         covered = signed[-1].head.number if signed else 0
+        _say_verified(args, head, len(signed), covered, start)
         if args.keep is not None and tokens:
             write_all([NewFile(path=args.keep, data=tokens[-1].encode() + b"\n")])
         elif args.keep is not None:
             print("warning: the verifier has signed no checkpoint yet, so none was kept", file=sys.stderr)
-        _say_verified(args, head, len(signed), covered, start)
         return 0
 
     return connected(args, work)
+
+
+def _kept(name: str, keys: KeySet) -> tuple[bytes, SignedHead]:
+    """A checkpoint that was kept in a file, and what it says."""
+    from common.audit.checkpoint import read_checkpoint
+
+    token = read(name, _TOKEN_MAX).strip()
+    try:
+        return token, read_checkpoint(token, keys)
+    except SevattestError as error:
+        raise about(name, error) from error
 
 
 async def _verified(admin: VerifierAdmin, signed: Sequence[SignedHead], start: Head | None) -> Head:
@@ -164,7 +183,7 @@ def _say_verified(args: argparse.Namespace, head: Head, checkpoints: int, covere
             )
         )
     else:
-        print(f"the audit log is whole: records {first} to {head.number}, {checkpoints} checkpoints")
+        print(f"the audit log is whole: records {first} to {head.number}, checkpoints: {checkpoints}")
         print(f"signed up to record {covered}; {head.number - covered} came after the newest checkpoint")
     if args.jwks is None:
         print(

@@ -163,7 +163,7 @@ def run_describe(args: argparse.Namespace) -> int:
         versions = [each for each in await admin.documents(args.kind) if each.name == args.name]
         status = await admin.grant_status(args.name) if args.kind == "grant" else None
         if not versions and status is None:
-            raise NotFound(Reason.NOT_FOUND, f"there is no {args.kind} {args.name}")
+            raise NotFound(Reason.NOT_FOUND, f"there is no {args.kind.capitalize()} {args.name}")
         grants = await _grants_of(admin, args.name) if args.kind == "workload" else []
         if args.json:
             print(as_json({"versions": versions, "status": status, "grants": [each.name for each in grants]}))
@@ -187,7 +187,7 @@ def _description(
         state = "can be spent" if status.reason is None else f"cannot be spent now: {status.reason}"
         withdrawn = "" if versions else "withdrawn; "
         yield f"  {withdrawn}{state}"
-        yield f"  released {status.released}, open {status.open}, refused {status.refused}"
+        yield f"  {_spent(status)}"
     yield from (f"  {line}" for line in _listing(versions) if versions)
     if kind == "workload":
         yield f"  grants: {', '.join(each.name for each in grants) or 'none'}"
@@ -196,6 +196,15 @@ def _description(
     if versions and versions[0].json:
         yield ""
         yield as_yaml(versions[0].json)
+
+
+def _spent(status: GrantStatus) -> str:
+    """What is spent, of what there is."""
+    spec = json.loads(status.document.json)["spec"] if status.document is not None and status.document.json else {}
+    counts = {"released": ("launches", status.released), "open": ("at_once", status.open)}
+    counts["refused"] = ("refusals", status.refused)
+    of = {word: f" of {spec[key]}" if spec.get(key) is not None else "" for word, (key, _) in counts.items()}
+    return ", ".join(f"{word} {count}{of[word]}" for word, (_, count) in counts.items())
 
 
 def add_delete(parser: argparse.ArgumentParser) -> None:

@@ -36,7 +36,10 @@ def run_impact(args: argparse.Namespace) -> int:
     text = "" if args.file is None else read_document(args.file)
 
     async def work(admin: VerifierAdmin) -> int:
-        found = await admin.impact(text=text, name=args.name or "")
+        try:
+            found = await admin.impact(text=text, name=args.name or "")
+        except InvalidInput as error:
+            raise (error if args.file is None else about(args.file, error)) from error
         if args.json:
             print(as_json(found))
             return 0

@@ -22,6 +22,9 @@ _STATES = ("open", "released", "refused", "abandoned", "expired")
 _LIMIT_MAX = 100_000
 # Launches that `watch` looks at: what a terminal has room for, and every change among that many.
 _WATCHED = 200
+HEADS = ("LAUNCH", "STATE", "WORKLOAD", "CALLER", "GRANT", "PLATFORM", "BEGAN", "WHY")
+# The same columns where lines are cut: by importance.
+_LIVE = tuple(map(HEADS.index, ("LAUNCH", "STATE", "WHY", "WORKLOAD", "CALLER", "GRANT", "BEGAN", "PLATFORM")))
 # From the top left corner (CUP), and after the last line to the end of the screen (ED); ECMA-48 8.3.21 and 8.3.39.
 _HOME, _END_OF_LINE, _END_OF_SCREEN = "\x1b[H", "\x1b[K", "\x1b[J"
 
@@ -62,8 +65,7 @@ def run_list(args: argparse.Namespace) -> int:
 
 
 def _table(launches: Sequence[OwnedLaunch]) -> list[str]:
-    heads = ["LAUNCH", "STATE", "WORKLOAD", "CALLER", "GRANT", "PLATFORM", "BEGAN", "WHY"]
-    return table(heads, [_row(each) for each in launches])
+    return table(HEADS, [_row(each) for each in launches])
 
 
 def _row(launch: OwnedLaunch) -> list[str]:
@@ -103,6 +105,7 @@ def _description(launch: OwnedLaunch) -> Iterator[str]:
         "caller": launch.caller,
         "grant": launch.grant,
         "platform": f"{launch.generation}, chip {launch.fingerprint}",
+        "in records": launch.chip,
         "firmware": launch.firmware,
         "began": when(launch.create_time),
         "expires" if launch.state == "open" else "ended": when(launch.end_time or launch.expire_time),
@@ -158,7 +161,9 @@ def run_watch(args: argparse.Namespace) -> int:
 def _draw(launches: Sequence[OwnedLaunch]) -> None:
     """Draw the table over the last one, cut to the terminal."""
     columns, lines = shutil.get_terminal_size()
-    shown = [line[:columns] for line in _table(launches)[: lines - 1]]
+    # What a narrow terminal has no room for is the least of it.
+    rows = [[row[column] for column in _LIVE] for row in (HEADS, *map(_row, launches))]
+    shown = [line[:columns] for line in table(rows[0], rows[1:])[: lines - 1]]
     print(_HOME + "".join(f"{line}{_END_OF_LINE}\n" for line in shown) + _END_OF_SCREEN, end="", flush=True)
 
 

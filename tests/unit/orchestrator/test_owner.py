@@ -101,6 +101,20 @@ def test_an_error_names_the_file_that_it_is_about(admin: LocalAdmin, file: Path)
     assert said.err.startswith(f"sevattest: {bad}: ")
 
 
+def test_a_version_that_is_not_there_is_named(admin: LocalAdmin, file: Path) -> None:
+    admin.run("apply", "-f", file)
+    assert admin.run("get", "grant", "fleet", "--version", "7").err == "sevattest: there is no Grant fleet 7\n"
+    assert admin.run("get", "grant", "fleet", "--version", "1").code == 0
+
+
+def test_a_bad_revocation_is_named_by_its_file(admin: LocalAdmin, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.json"
+    bad.write_bytes(text(revocation(ceks=["zz", "yy"])))
+    said = admin.run("revocation", "impact", "-f", bad)
+    assert [line.startswith(f"sevattest: {bad}: spec.ceks[") for line in said.err.splitlines()] == [True, True]
+    assert said.code == 2
+
+
 def test_every_problem_of_a_document_is_a_line(admin: LocalAdmin, file: Path) -> None:
     bad = file.with_name("bad.json")
     bad.write_bytes(text(grant(callers=[f"nobody-{number}" for number in range(30)], launches=0)))

@@ -40,10 +40,19 @@ def test_an_honest_log_is_whole(admin: LocalAdmin) -> None:
     said = admin.run("audit", "verify")
     assert said.code == 0
     assert said.out == (
-        "the audit log is whole: records 1 to 6, 1 checkpoints\n"
+        "the audit log is whole: records 1 to 6, checkpoints: 1\n"
         "signed up to record 4; 2 came after the newest checkpoint\n"
     )
     assert said.err.startswith("warning: the keys are the verifier's own word")
+
+
+def test_a_kept_file_that_is_none_is_named(admin: LocalAdmin, tmp_path: Path) -> None:
+    junk = tmp_path / "junk"
+    junk.write_text("no key and no checkpoint")
+    for option in ("--jwks", "--checkpoint", "--since-checkpoint"):
+        said = admin.run("audit", "verify", option, junk)
+        assert (said.out, said.code) == ("", 2)
+        assert f"sevattest: {junk}: a " in said.err
 
 
 def _changed(records: Any) -> None:

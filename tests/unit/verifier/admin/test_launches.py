@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 from uuid import uuid4
 
+import msgspec
 import pytest
 
 from common.errors import InvalidInput, NotFound, Reason
@@ -36,6 +37,18 @@ async def test_a_released_launch_is_shown_with_its_proven_firmware_and_no_findin
     assert (shown.launch.state, shown.findings, shown.explanation) == (State.RELEASED, (), None)
     assert str(shown.firmware) == "1.55.24"
     assert (shown.caller, shown.grant) == (CALLER, None)
+
+
+async def test_a_launch_is_shown_with_the_pseudonym_by_which_its_record_knows_the_chip(site: OwnerSite) -> None:
+    launch_id = (await site.released()).launch.launch_id
+    shown = await site.owner.launches.get(launch_id)
+    records = await site.desk.store.records(launch_id, after=0, limit=10)
+    recorded = {msgspec.json.decode(each.record.body)["platform"]["chip"] for each in records}
+    assert recorded == {shown.chip}
+    assert shown.launch.fingerprint not in shown.chip
+    touching = revocation(ceks=[shown.launch.fingerprint])
+    [touched] = (await site.owner.impact.touched(text=text(touching), name="", page=PAGE)).items
+    assert touched.chip == shown.chip
 
 
 async def test_an_unknown_launch_is_not_found(site: OwnerSite) -> None:
