@@ -116,7 +116,7 @@ class Store(Protocol):
     # The owner's documents, secrets and keys.
 
     async def revision(self) -> int:
-        """Of the documents; grows with every change of them. 0 in a new store."""
+        """Of the documents; grows with every change of them, and of what `revise` is for. 0 in a new store."""
         ...
 
     async def revise(self) -> None:
@@ -169,7 +169,11 @@ class Store(Protocol):
         ...
 
     async def delete_secret(self, name: str, request: AdminRequest, audit: AuditRow) -> Outcome:
-        """Erase all versions of a secret. `DONE`, `LOST` (there is none) or `REQUEST_TAKEN`."""
+        """Erase all versions of a secret; the documents get another revision, as with `revise`.
+
+        Returns:
+            `DONE`, `LOST` (there is none) or `REQUEST_TAKEN`.
+        """
         ...
 
     async def identity(self, name: str) -> bytes | None:

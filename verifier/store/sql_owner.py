@@ -145,11 +145,14 @@ class Secrets(OverEngine):
         """See `Store`."""
 
         def work(transaction: Transaction) -> None:
+            # A release that read the secret before this must not come after it.
+            locked_revision(transaction, change=True)
             _take(transaction, request)
             # The name's row first, as `put_secret` does: a version that is being put is erased too, or comes after.
             transaction.rows("SELECT last_version FROM secret_name WHERE name=? FOR UPDATE", name)
             if not transaction.change("DELETE FROM secret WHERE name=?", name):
                 raise Decided(Outcome.LOST)
+            _revise(transaction)
             append(transaction, audit)
 
         return await self._decide("delete-secret", work)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -16,14 +16,20 @@ import pytest
 
 from common.errors import Reason
 from common.sev.measurement import FirmwareVersion
-from tests.support.desk import START, Desk, desk, refused
-from tests.support.documents import CALLER, STRANGER
+from common.sev.secret import SecretEntry
+from tests.support.desk import OWNER, START, Desk, desk, refused
+from tests.support.documents import CALLER, SECRET, SECRET_GUID, STRANGER
 from tests.support.documents import workload as document
 from tests.support.rpc import SettableClock
+from verifier.admin.desks import owner_desks
+from verifier.admin.requests import Asked
 from verifier.appraisal.explain import Account
+from verifier.documents.workload import SecretSpec
 from verifier.launches.broker import Broker
 from verifier.launches.launch import Begun
 from verifier.launches.release import Releaser
+from verifier.secrets.router import Secrets
+from verifier.secrets.stored import StoredSecrets
 from verifier.store.rows import LedgerRow
 
 _DEADLINE_S = 30.0
@@ -190,3 +196,42 @@ async def test_one_sweep_ends_all_launches_whose_time_ran_out(tmp_path: Path, mo
         assert await d.broker.expire_overdue() == 5
         assert [await d.keys_of(launch_id) for launch_id in ran_out] == [None] * 5
         assert await d.keys_of(young) is not None
+
+
+class Erasing(Secrets):
+    """Reads secrets; the owner erases one as soon as it was read for the first time."""
+
+    def __init__(self, d: Desk, erase: str) -> None:
+        super().__init__(stored=StoredSecrets(d.store, d.dependencies.sealing))
+        self._desk, self._erase = d, erase
+
+    async def read(self, specs: Sequence[SecretSpec]) -> tuple[SecretEntry, ...]:
+        """See `Secrets`."""
+        entries = await super().read(specs)
+        if self._erase:
+            erase, self._erase = self._erase, ""
+            owner = owner_desks(self._desk.dependencies, self._desk.library)
+            await owner.secrets.delete(Asked(caller=OWNER, request_id=uuid4()), erase)
+        return entries
+
+
+@pytest.mark.parametrize(("erased", "releases"), [("disk", False), ("another", True)])
+async def test_a_secret_that_was_erased_leaves_with_no_release_after_that(
+    tmp_path: Path, erased: str, *, releases: bool
+) -> None:
+    content = document(secrets=[{"guid": str(SECRET_GUID), "source": {"stored": "disk"}}])
+    async with desk(tmp_path, content=content) as d:
+        owner = owner_desks(d.dependencies, d.library)
+        for name in ("disk", "another"):
+            await owner.secrets.put(Asked(caller=OWNER, request_id=uuid4()), name, SECRET)
+        begun = await d.begin()
+        guest = d.start(begun)
+        blob = guest.measure((await d.digests())[0])
+        step = replace(d, releaser=Releaser(replace(d.dependencies, secrets=Erasing(d, erased)))).release(
+            begun.launch.launch_id, blob
+        )
+        if releases:
+            assert guest.open(await step, blob) == (SecretEntry(guid=SECRET_GUID, data=SECRET),)
+        else:
+            assert (await refused(step)).reason is Reason.SECRET_UNAVAILABLE
+            assert (await d.broker.get(CALLER, begun.launch.launch_id)).state == "open"  # nothing is spent
