@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -350,6 +351,14 @@ def test_the_sample_configuration_and_workload_are_good() -> None:
     for entry in documents.entries:
         assert entry.document is not None
         assert warnings_for(entry.document, documents) == ()
+
+
+def test_what_the_sample_leaves_out_is_good_too(tmp_path: Path) -> None:
+    sample = (SAMPLES / "verifier.toml").read_text()
+    whole = re.sub(r"^# (\[\w+\]|\w+ = .*)$", r"\1", sample, flags=re.MULTILINE).replace("state_dir", "# state_dir", 1)
+    (tmp_path / "verifier.toml").write_text(whole)
+    config = load_config(tmp_path / "verifier.toml", {})
+    assert None not in {config.admin, config.store.postgres if config.store else None, config.pkcs11, config.vault}
 
 
 def test_the_page_describes_every_setting() -> None:
