@@ -56,6 +56,15 @@ async def test_versions_of_a_document_stand_beside_each_other(store: SqlStore) -
     assert rows[0].text == b"\0\xff"
 
 
+async def test_a_document_that_was_checked_beside_others_is_not_kept(store: SqlStore) -> None:
+    assert await store.apply_document(document(), admin_request(), audit(), 0) is Outcome.DONE
+    late = admin_request()
+    assert await store.apply_document(document(version="2"), late, audit(), 0) is Outcome.DOCUMENTS_CHANGED
+    assert await store.admin_request(late.key) is None
+    assert await store.documents() == (1, [document()])
+    assert await store.apply_document(document(version="2"), late, audit(), 1) is Outcome.DONE
+
+
 async def test_the_same_document_changes_nothing_and_keeps_the_request(store: SqlStore) -> None:
     await store.apply_document(document(), admin_request(), audit())
     again = admin_request()

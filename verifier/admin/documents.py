@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from common.errors import NotFound, Reason, SevattestError, WrongState
+from common.errors import NotFound, Reason, SevattestError, Unavailable, WrongState
 from verifier.admin.filed import Filed, Kind, filed, is_json, read_text
 from verifier.admin.paging import Listing, Page, PageRequest
 from verifier.admin.requests import AdminMethod, Asked, Draft, Journal, KeptRequests
@@ -25,6 +25,8 @@ from verifier.store.rows import AdminRequest, AuditRow, DocumentRow, Outcome, St
 
 # Bytes of JSON in one page, so that an answer fits into a message (common.rpc.MAX_ADMIN_MESSAGE) whatever its size.
 PAGE_BYTES = 256 * 1024
+# A document is checked again where others changed meanwhile; a pipeline may apply a whole folder at once.
+ATTEMPTS = 100
 
 # No name and no version has it.
 _CURSOR_SEPARATOR = "\n"
@@ -47,7 +49,9 @@ class Applied:
 class DocumentStore(KeptRequests, Protocol):
     """What is asked of a store here."""
 
-    async def apply_document(self, document: DocumentRow, request: AdminRequest, audit: AuditRow) -> Outcome:
+    async def apply_document(
+        self, document: DocumentRow, request: AdminRequest, audit: AuditRow, revision: int | None = None
+    ) -> Outcome:
         """Keep a version of a document."""
         ...
 
@@ -88,30 +92,38 @@ class DocumentDesk:
         draft = self._journal.draft(asked, AdminMethod.APPLY, text)
         if (earlier := await self._journal.answered(draft)) is not None:
             return await self._applied_before(text, changed=bool(earlier["changed"]))
-        document = await self._checked(text)
-        now = await self._journal.now()
-        audit = self._journal.row(
-            AuditEvent.DOCUMENT_APPLIED,
-            asked,
-            now,
-            kind=document.kind.value,
-            name=document.name,
-            version=document.version,
-            sha256=document.sha256,
-        )
-        row = DocumentRow(
-            kind=document.kind.value,
-            name=document.name,
-            version=document.version,
-            text=text,
-            is_json=is_json(text),
-            apply_time=now,
-        )
-        return await self._kept(document, row, draft, audit)
+        for _ in range(ATTEMPTS):
+            document, revision = await self._checked(text)
+            now = await self._journal.now()
+            audit = self._journal.row(
+                AuditEvent.DOCUMENT_APPLIED,
+                asked,
+                now,
+                kind=document.kind.value,
+                name=document.name,
+                version=document.version,
+                sha256=document.sha256,
+            )
+            row = DocumentRow(
+                kind=document.kind.value,
+                name=document.name,
+                version=document.version,
+                text=text,
+                is_json=is_json(text),
+                apply_time=now,
+            )
+            if (applied := await self._kept(document, row, revision, draft, audit)) is not None:
+                return applied
+        raise Unavailable(Reason.STORE_UNAVAILABLE, "documents change faster than one of them is checked: repeat")
 
-    async def _kept(self, document: Filed, row: DocumentRow, draft: Draft, audit: AuditRow) -> Applied:
+    async def _kept(
+        self, document: Filed, row: DocumentRow, revision: int, draft: Draft, audit: AuditRow
+    ) -> Applied | None:
+        """What became of a document that could be kept; None where others changed since it was checked."""
         same = await self._on_file(document)
-        outcome = await self._store.apply_document(row, draft.answering(changed=same is None), audit)
+        outcome = await self._store.apply_document(row, draft.answering(changed=same is None), audit, revision)
+        if outcome is Outcome.DOCUMENTS_CHANGED:
+            return None
         if outcome is Outcome.CONFLICT:
             # Somebody applied another text under this version at the same time.
             raise _conflict(document, "with another text")
@@ -142,7 +154,7 @@ class DocumentDesk:
             Unavailable: the store has no answer.
         """
         try:
-            document = await self._checked(text)
+            document, _ = await self._checked(text)
         except WrongState as error:
             document = filed(await asyncio.to_thread(read_text, text, self._library.folder))
             warned = replace(document, warnings=(error.message, *document.warnings))
@@ -220,10 +232,10 @@ class DocumentDesk:
         last = f"{items[-1].name}{_CURSOR_SEPARATOR}{items[-1].version}" if more else ""
         return Page(items=items, next_token=listing.token(last) if more else "")
 
-    async def _checked(self, text: bytes) -> Filed:
-        """The document that a text spells, with all that can be said of it beside what is on file."""
+    async def _checked(self, text: bytes) -> tuple[Filed, int]:
+        """The document that a text spells, with all that can be said of it beside what is on file at a revision."""
         checked = await check_document(self._library, text, is_json=is_json(text), has_secret=self._has_secret)
-        return replace(filed(checked.entry), warnings=checked.warnings)
+        return replace(filed(checked.entry), warnings=checked.warnings), checked.revision
 
     async def _has_secret(self, name: str, version: int | None) -> bool:
         return await self._store.secret(name, version) is not None

@@ -131,11 +131,19 @@ class Store(Protocol):
         """The owner's request that was kept under `key`."""
         ...
 
-    async def apply_document(self, document: DocumentRow, request: AdminRequest, audit: AuditRow) -> Outcome:
+    async def apply_document(
+        self, document: DocumentRow, request: AdminRequest, audit: AuditRow, revision: int | None = None
+    ) -> Outcome:
         """Keep a version of a document.
 
+        Args:
+            document: the document.
+            request: the request for it.
+            audit: the record of it.
+            revision: of the documents that it was checked beside; None where it was checked beside none.
+
         Returns:
-            `DONE`, `UNCHANGED` (request kept, nothing else), `CONFLICT` or `REQUEST_TAKEN`.
+            `DONE`, `UNCHANGED` (request kept, nothing else), `CONFLICT`, `REQUEST_TAKEN` or `DOCUMENTS_CHANGED`.
         """
         ...
 

@@ -50,12 +50,16 @@ class Documents(OverEngine):
         )
         return None if row is None else admin_request_of(key, row)
 
-    async def apply_document(self, document: DocumentRow, request: AdminRequest, audit: AuditRow) -> Outcome:
+    async def apply_document(
+        self, document: DocumentRow, request: AdminRequest, audit: AuditRow, revision: int | None = None
+    ) -> Outcome:
         """See `Store`."""
 
         def work(transaction: Transaction) -> Outcome:
-            locked_revision(transaction, change=True)
+            now = locked_revision(transaction, change=True)
             _take(transaction, request)
+            if revision not in {None, now}:
+                raise Decided(Outcome.DOCUMENTS_CHANGED)
             found = transaction.row(
                 "SELECT text, is_json FROM document WHERE kind=? AND name=? AND version=?",
                 *(document.kind, document.name, document.version),

@@ -302,3 +302,26 @@ async def test_a_version_that_no_document_can_have_is_not_on_file(site: OwnerSit
     await site.apply(grant())
     with pytest.raises(NotFound):
         await site.owner.documents.get(Kind.GRANT, "fleet", version)
+
+
+async def test_of_two_platforms_of_one_chip_that_come_at_once_one_is_on_file(site: OwnerSite) -> None:
+    both = [platform(name, cek=site.desk.platform.chain.cek.fingerprint.hex()) for name in ("a", "b")]
+    outcomes = await asyncio.gather(*(site.apply(each) for each in both), return_exceptions=True)
+    assert sorted(type(each).__name__ for each in outcomes) == ["Applied", "WrongState"]
+    assert len((await site.desk.library.current()).platforms) == 1
+    assert await site.desk.begin()
+
+
+async def test_of_two_spellings_of_one_version_that_come_at_once_one_is_on_file(site: OwnerSite) -> None:
+    both = [grant("fleet", "1.0", suspended=True), grant("fleet", "1.00")]
+    outcomes = await asyncio.gather(*(site.apply(each) for each in both), return_exceptions=True)
+    assert sorted(type(each).__name__ for each in outcomes) == ["Applied", "WrongState"]
+    [version] = (await site.desk.library.current()).versions("Grant", "fleet")
+    assert version.version == ("1.0" if isinstance(outcomes[1], WrongState) else "1.00")
+
+
+async def test_documents_that_have_nothing_to_do_with_each_other_are_all_on_file_though_they_come_at_once(
+    site: OwnerSite,
+) -> None:
+    await asyncio.gather(*(site.apply(grant(f"g{index}")) for index in range(6)))
+    assert len((await site.desk.library.current()).grants) == 6
