@@ -36,7 +36,7 @@ def owner_desks(dependencies: Dependencies, library: DocumentLibrary) -> Desks:
     return Desks(
         documents=DocumentDesk(store=d.store, journal=journal, library=library),
         grants=GrantDesk(store=d.store, library=library, time=d.time),
-        impact=ImpactDesk(store=d.store, library=library, pseudonym=d.pseudonyms.of),
+        impact=ImpactDesk(store=d.store, library=library, denied=d.denied, pseudonym=d.pseudonyms.of),
         launches=LaunchDesk(d.store, pseudonym=d.pseudonyms.of),
         records=RecordDesk(d.store, d.signer),
         secrets=SecretDesk(store=d.store, journal=journal, sealing=d.sealing, keyed=d.pseudonyms.of),

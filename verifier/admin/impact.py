@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 
 from common.errors import InvalidInput, NotFound, Reason
 from verifier.admin.filed import read_text
@@ -12,6 +13,7 @@ from verifier.admin.launches import Found, LaunchStore, OwnedLaunch, owned, page
 from verifier.admin.paging import Listing, Page, PageRequest
 from verifier.appraisal.revoked import impact
 from verifier.documents.revocation import Revocation
+from verifier.launches.platforms import DenyList
 from verifier.library.validate import DocumentLibrary
 from verifier.store.rows import LaunchFilter
 
@@ -22,9 +24,12 @@ LOOKED_AT = 500
 class ImpactDesk:
     """Holds launches against a revocation."""
 
-    def __init__(self, *, store: LaunchStore, library: DocumentLibrary, pseudonym: Callable[[str], str]) -> None:
-        """Take the means; `pseudonym` makes a chip's fingerprint its pseudonym."""
+    def __init__(
+        self, *, store: LaunchStore, library: DocumentLibrary, denied: DenyList, pseudonym: Callable[[str], str]
+    ) -> None:
+        """Take the means; `denied` knows chips behind ids, `pseudonym` makes a chip's fingerprint its pseudonym."""
         self._store = store
+        self._denied = denied
         self._pseudonym = pseudonym
         self._library = library
 
@@ -45,6 +50,8 @@ class ImpactDesk:
         if bool(text) == bool(name):
             raise InvalidInput(Reason.INVALID_ARGUMENT, "text: give either it or name", field="text")
         revocation = await self._revocation(text, name)
+        # Not every host told its chip's id.
+        revocation = replace(revocation, ceks=revocation.ceks | self._denied.fingerprints(revocation.chips))
         listing = Listing("ListRevocationImpact", name, hashlib.sha256(text).hexdigest())
         rows, more = await page_of_rows(self._store, LaunchFilter(), listing.uuid(page.token), LOOKED_AT)
         items: list[OwnedLaunch] = []

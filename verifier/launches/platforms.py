@@ -61,6 +61,10 @@ class DenyList:
         resolved = (why for each, why in self._by_chip_id.items() if self._fingerprint_of.get(each) == fingerprint)
         return self._by_fingerprint.get(fingerprint) or self._by_chip_id.get(chip_id.hex()) or next(resolved, None)
 
+    def fingerprints(self, chip_ids: Iterable[str]) -> frozenset[str]:
+        """The CEK fingerprints behind chip ids, as far as they are known; lower-case hex, like the ids."""
+        return frozenset(self._fingerprint_of[each] for each in chip_ids if each in self._fingerprint_of)
+
     async def resolve(
         self, service: KeyService, roots: Sequence[Root], log: Log, only: frozenset[str] | None = None
     ) -> bool:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from pathlib import Path
 from uuid import uuid4
 
 import msgspec
 import pytest
 
+from common.amd.kds import FolderKeyService
 from common.errors import InvalidInput, NotFound, Reason
 from tests.support.desk import refused
 from tests.support.documents import CALLER, STRANGER, grant, revocation, workload
@@ -171,6 +173,21 @@ async def test_a_revocation_in_force_is_asked_by_name(site: OwnerSite) -> None:
     page = await site.owner.impact.touched(text=b"", name="old-builds", page=PAGE)
     assert [each.rule for each in page.items[0].findings] == ["launch.revoked"]
     assert isinstance(await refused(site.owner.impact.touched(text=b"", name="none", page=PAGE)), NotFound)
+
+
+async def test_a_chip_that_hid_its_id_is_touched_by_a_revocation_of_it_once_its_key_is_known(
+    site: OwnerSite, tmp_path: Path
+) -> None:
+    desk = site.desk
+    hidden = (await desk.begin()).launch.launch_id
+    chip_id, elsewhere = desk.platform.chip_id.hex(), "cd" * 64
+    (tmp_path / f"{chip_id}.cert").write_bytes(desk.platform.chain.cek.raw)
+    desk.denied.set_owners([chip_id, elsewhere])
+    await desk.denied.resolve(FolderKeyService(tmp_path), [desk.platform.root], desk.log)
+    for chip, touched in ((chip_id, [hidden]), (elsewhere, [])):
+        content = text(revocation(chips=[chip], ceks=[]))
+        page = await site.owner.impact.touched(text=content, name="", page=PAGE)
+        assert [each.launch.launch_id for each in page.items] == touched
 
 
 async def test_impact_comes_in_pages(site: OwnerSite) -> None:
