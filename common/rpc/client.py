@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator
 from typing import TypeVar
 
 import grpc
 
 from common.clock import SystemClock
+from common.errors import InvalidInput, Reason
 from common.rpc import MAX_MESSAGE
 from common.rpc.status import from_rpc_error
 from common.rpc.tls import ClientTls, load_client
 
 _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
+
+_ADDRESS = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}")
 
 OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_metadata_size", 16384),
@@ -36,8 +40,10 @@ def open_channel(target: str, tls: ClientTls, *, message: int = MAX_MESSAGE) -> 
     message is `message` bytes, both ways.
 
     Raises:
-        InvalidInput: `INVALID_CONFIGURATION`, naming the file and what is wrong with it.
+        InvalidInput: `target` is no address; or `INVALID_CONFIGURATION`, naming the file and what is wrong with it.
     """
+    if not _ADDRESS.fullmatch(target):
+        raise InvalidInput(Reason.INVALID_ARGUMENT, f"{target!r} is not an address to call (HOST:PORT)")
     material = load_client(tls, SystemClock().now())
     credentials = grpc.ssl_channel_credentials(
         root_certificates=material.ca_pem, private_key=material.key_pem, certificate_chain=material.chain_pem

@@ -9,6 +9,7 @@ import pty
 import re
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -443,6 +444,28 @@ def test_records_are_printed_oldest_first(served: OwnersVerifier, tmp_path: Path
 
 
 # The way there.
+
+
+def test_a_mistyped_line_pays_for_no_network() -> None:
+    code = (
+        "import sys, orchestrator.cli; orchestrator.cli.main(['owner', 'frobnicate']);"
+        "print([m for m in ('asyncio', 'cryptography', 'google', 'grpc') if m in sys.modules])"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert loaded.stdout == "[]\n"
+    assert "invalid choice: 'frobnicate'" in loaded.stderr
+
+
+@pytest.mark.parametrize("address", ["nowhere", "nowhere.example:", "unix:/run/x:1", "a b:1", "http://x:1"])
+def test_what_is_no_address_is_not_called(served: OwnersVerifier, address: str) -> None:
+    said = owner(served, "keys", "--admin", address)
+    assert said == Said(out="", err=f"sevattest: '{address}' is not an address to call (HOST:PORT)\n", code=2)
+
+
+def test_a_change_at_a_name_that_leads_nowhere_was_not_made(served: OwnersVerifier, tmp_path: Path, name: str) -> None:
+    said = owner(served, "apply", "-f", write(tmp_path, grant(name)), "--admin", "nowhere.invalid:1")
+    assert (said.out, said.code) == ("", 3)
+    assert "the service cannot be reached: " in said.err
 
 
 def test_what_is_missing_is_named(served: OwnersVerifier) -> None:

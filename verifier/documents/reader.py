@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 import msgspec
 
-from verifier.documents.form import fill_in
+from verifier.documents.form import API_VERSION, fill_in
 from verifier.documents.form_grant import GrantForm
 from verifier.documents.form_platform import PlatformForm
 from verifier.documents.form_revocation import RevocationForm
@@ -82,6 +82,8 @@ def _form(text: bytes, *, is_json: bool) -> Form:
     data = parse_text(text, is_json=is_json)
     if not isinstance(data, dict):
         raise InvalidDocument("a document is a mapping with apiVersion, kind, metadata and spec")
+    if isinstance(version := data.get("apiVersion"), str) and version != API_VERSION:
+        raise InvalidDocument(f"apiVersion: must be {API_VERSION}, not {version!r}")
     kind = data.get("kind")
     form = FORMS.get(kind) if isinstance(kind, str) else None
     if form is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -62,9 +61,10 @@ def connected(args: argparse.Namespace, work: Callable[[VerifierAdmin], Awaitabl
         SevattestError: what the verifier raised.
     """
     target, cert, key, authority = (_option(args, option) for option in VARIABLES)
+    # Imported here, so that a mistyped command line does not pay for them.
+    import asyncio
 
     async def run() -> int:
-        # Imported here, so that a mistyped command line does not pay for gRPC.
         from common.rpc.tls import ClientTls
         from orchestrator.drivers.admin import open_admin
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -139,6 +138,8 @@ def _interval(text: str) -> float:
 
 def run_watch(args: argparse.Namespace) -> int:
     """Show launches until somebody stops it: a table that is drawn anew on a terminal, a line for each change else."""
+    import asyncio
+
     live = sys.stdout.isatty() and not args.json
 
     async def work(admin: VerifierAdmin) -> int:

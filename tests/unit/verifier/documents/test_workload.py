@@ -171,7 +171,7 @@ def test_another_kind_or_api_version_is_refused() -> None:
     kinds = "kind: must be one of Workload, Grant, Platform, Revocation"
     assert problems({**document(), "kind": "Pod"}) == problems({**document(), "kind": ["Workload"]}) == (kinds,)
     assert problems({key: value for key, value in document().items() if key != "kind"}) == (kinds,)
-    assert problems({**document(), "apiVersion": "v2"})[0].startswith("apiVersion: ")
+    assert problems({**document(), "apiVersion": "v2"}) == ("apiVersion: must be sevattest/v1, not 'v2'",)
     assert problems([])[0].startswith("a document is a mapping")  # type: ignore[arg-type]  # what YAML may give
 
 
