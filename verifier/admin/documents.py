@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from common.errors import NotFound, Reason, SevattestError, Unavailable, WrongState
-from verifier.admin.filed import Filed, Kind, filed, is_json, read_text
+from verifier.admin.filed import Filed, Kind, filed, read_text
 from verifier.admin.paging import Listing, Page, PageRequest
 from verifier.admin.requests import AdminMethod, Asked, Draft, Journal, KeptRequests
+from verifier.documents.text import spelled_as_json
 from verifier.documents.workload import version_order
 from verifier.launches.records import AuditEvent
 from verifier.library.documents import Entry
@@ -109,7 +110,7 @@ class DocumentDesk:
                 name=document.name,
                 version=document.version,
                 text=text,
-                is_json=is_json(text),
+                is_json=spelled_as_json(text),
                 apply_time=now,
             )
             if (applied := await self._kept(document, row, revision, draft, audit)) is not None:
@@ -234,7 +235,7 @@ class DocumentDesk:
 
     async def _checked(self, text: bytes) -> tuple[Filed, int]:
         """The document that a text spells, with all that can be said of it beside what is on file at a revision."""
-        checked = await check_document(self._library, text, is_json=is_json(text), has_secret=self._has_secret)
+        checked = await check_document(self._library, text, is_json=spelled_as_json(text), has_secret=self._has_secret)
         return replace(filed(checked.entry), warnings=checked.warnings), checked.revision
 
     async def _has_secret(self, name: str, version: int | None) -> bool:

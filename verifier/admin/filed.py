@@ -10,6 +10,7 @@ from pathlib import Path
 
 from common.errors import Reason, WrongState
 from verifier.documents.platform import KnownPlatform
+from verifier.documents.text import spelled_as_json
 from verifier.documents.workload import Workload, version_order
 from verifier.library.applied import read_applied
 from verifier.library.documents import Documents, Entry, supposed
@@ -82,19 +83,14 @@ def filed(entry: Entry, beside: Documents | None = None) -> Filed:
     )
 
 
-def is_json(text: bytes) -> bool:
-    """How a text that came over the network is read: as JSON if it starts with `{`, else as YAML."""
-    return text.lstrip()[:1] == b"{"
-
-
 def read_text(text: bytes, folder: Path) -> Entry:
     """The document that a text spells, not on file yet. Blocking.
 
     Raises:
         InvalidDocument: with everything that is wrong with it.
     """
-    document = read_applied(text, is_json=is_json(text), folder=folder)
-    return supposed(document, text, is_json=is_json(text))
+    document = read_applied(text, is_json=spelled_as_json(text), folder=folder)
+    return supposed(document, text, is_json=spelled_as_json(text))
 
 
 def supposing(documents: Documents, entries: Sequence[Entry]) -> Documents:
