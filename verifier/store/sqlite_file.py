@@ -16,7 +16,8 @@ import fcntl
 import os
 import sqlite3
 import stat
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from common.errors import InvalidInput, Reason, Unavailable
@@ -115,21 +116,53 @@ def create(path: Path) -> None:
 
 
 def connect(path: Path) -> sqlite3.Connection:
-    """Open a database file that exists, and set it up.
+    """Open a database file that exists, and set it up. Its statements wait for no other program's lock.
 
     Raises:
         sqlite3.Error: it cannot be opened or written.
     """
+    # Used on two threads, though never at once.
     connection = sqlite3.connect(
-        f"{path.resolve().as_uri()}?mode=rw", uri=True, isolation_level=None, timeout=BUSY_TIMEOUT_S
+        f"{path.resolve().as_uri()}?mode=rw", uri=True, isolation_level=None, timeout=0, check_same_thread=False
     )
     try:
-        for pragma in _PRAGMAS:
-            connection.execute(pragma)
+        with _patient(connection):
+            for pragma in _PRAGMAS:
+                connection.execute(pragma)
     except BaseException:
         connection.close()
         raise
     return connection
+
+
+@contextmanager
+def _patient(connection: sqlite3.Connection) -> Iterator[None]:
+    """Have what is done inside wait for a lock that another program holds."""
+    connection.execute(f"PRAGMA busy_timeout={int(BUSY_TIMEOUT_S * 1000)}")
+    try:
+        yield
+    finally:
+        connection.execute("PRAGMA busy_timeout=0")
+
+
+def begin_patiently(connection: sqlite3.Connection) -> None:
+    """Begin a transaction that writes, once no other program holds the lock.
+
+    Raises:
+        sqlite3.Error: another one holds it for too long.
+    """
+    with _patient(connection):
+        connection.execute("BEGIN IMMEDIATE")
+
+
+def checkpoint(connection: sqlite3.Connection) -> None:
+    """Bring all of the write-ahead log into the file and empty it, unless another program reads for too long.
+
+    Raises:
+        sqlite3.Error: the file cannot be written.
+    """
+    with _patient(connection):
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
 
 def connect_reader(path: Path) -> sqlite3.Connection:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -17,8 +16,7 @@ from tests.support.store_rows import audit, opening, release
 from verifier.store.engine import Transaction
 from verifier.store.rows import LedgerRow, Opening, Outcome, Spending
 from verifier.store.sqlite import SqliteStore
-from verifier.store.sqlite_engine import SqliteEngine
-from verifier.store.worker import TOGETHER_MAX, Call, Worker, Write
+from verifier.store.sqlite_engine import TOGETHER_MAX, SqliteEngine
 
 MANY = 20
 
@@ -43,7 +41,7 @@ class Watched:
             self.instructions += 1
 
         def work(_transaction: Transaction) -> None:
-            connection = self.engine._connection
+            connection = self.engine._writer
             assert connection is not None
             connection.set_trace_callback(self.said.append)
             connection.set_progress_handler(count, 10)
@@ -161,18 +159,13 @@ async def test_a_launch_costs_the_same_however_many_came_before(watched: Watched
     assert await cost() < 2 * early
 
 
-async def test_a_defect_leaves_nobody_waiting() -> None:
-    def broken(_writes: object) -> None:
-        raise ZeroDivisionError
-
-    worker = Worker("test", broken)
-    with pytest.raises(ZeroDivisionError):
-        await worker.do(Write("x", lambda _transaction: None))
-    # ... and does not end the thread.
-    assert await worker.do(Call(lambda: 5)) == 5
-    await worker.end()
-    with pytest.raises(RuntimeError, match="closed"):
-        await worker.do(Call(lambda: 5))
+async def test_a_defect_leaves_nobody_waiting(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(SqliteEngine, "_begun", None)
+        with pytest.raises(TypeError):
+            await watched.store.record(audit())
+    await watched.store.record(audit())
+    assert await chain_verifies(watched.store) == 1
 
 
 async def test_who_is_cancelled_stops_nothing(watched: Watched) -> None:
@@ -187,10 +180,11 @@ async def test_who_is_cancelled_stops_nothing(watched: Watched) -> None:
     assert await chain_verifies(watched.store) == MANY
 
 
-async def test_the_thread_ends_with_its_store(tmp_path: Path) -> None:
-    watched = Watched(tmp_path / "state")
-    await watched.store.open()
-    worker = watched.engine._worker
-    assert worker._thread in threading.enumerate()
-    await watched.store.close()
-    assert worker._thread not in threading.enumerate()
+async def test_a_store_that_was_closed_is_not_opened_again_by_whoever_still_asks(tmp_path: Path) -> None:
+    store = SqliteStore(tmp_path / "state")
+    await store.open()
+    await store.record(audit())
+    await store.close()
+    for call in (store.head(), store.record(audit())):
+        with pytest.raises(Unavailable):
+            await call
