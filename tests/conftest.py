@@ -12,7 +12,6 @@ from tests.support.agent_site import Site, agent_site
 from tests.support.pki import Pki
 from tests.support.platform import Platform, keep_chips, running_platform
 
-
 # How long an example takes says how busy the machine is, and nothing about what is tested.
 settings.register_profile("sevattest", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("sevattest")
