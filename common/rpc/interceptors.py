@@ -44,7 +44,7 @@ from common.errors import (
 from common.rpc import MAX_MESSAGE, MAX_STREAMS
 from common.rpc.authz import METHODS
 from common.rpc.identity import Identity, Role, acting_as
-from common.rpc.pem import CLIENT_USAGE, check_leaf, parse_certificates
+from common.rpc.pem import CLIENT_USAGE, check_dates, leaf_identity, parse_certificates
 from common.rpc.status import code_of, plain_status, to_status
 from common.telemetry.log import Log
 
@@ -211,7 +211,8 @@ class Gatekeeper(grpc.aio.ServerInterceptor):
         except ValueError as error:
             raise _unauthenticated("the client certificate cannot be read") from error
         # TLS looked at the certificate once, at the handshake; a connection may outlive it.
-        who = check_leaf(leaf, usage=CLIENT_USAGE, now=self._clock.now())
+        check_dates(leaf, self._clock.now())
+        who = _leaf_identity(pem)
         if _one(auth, "peer_spiffe_id") != who.spiffe_id.encode():
             raise _unauthenticated("gRPC and the certificate do not name the same identity")
         if who.trust_domain != self._trust_domain:
@@ -301,6 +302,12 @@ def _one(auth: Mapping[str, Any], key: str) -> bytes | None:
 def _parse_leaf(pem: bytes) -> x509.Certificate:
     """The peer's certificate; kept, because every call of a connection shows the same one."""
     return parse_certificates(pem)[0]
+
+
+@lru_cache(maxsize=1024)
+def _leaf_identity(pem: bytes) -> Identity:
+    """Who the peer's certificate is for; kept, but never that it is in date."""
+    return leaf_identity(_parse_leaf(pem), CLIENT_USAGE)
 
 
 def _unauthenticated(what: str) -> Unauthenticated:

@@ -143,11 +143,28 @@ def check_leaf(certificate: x509.Certificate, *, usage: x509.ObjectIdentifier, n
     Raises:
         Unauthenticated: one of the four does not hold.
     """
-    # 1
+    check_dates(certificate, now)
+    return leaf_identity(certificate, usage)
+
+
+def check_dates(certificate: x509.Certificate, now: datetime) -> None:
+    """Step 1 of `check_leaf`.
+
+    Raises:
+        Unauthenticated: the certificate is not in date.
+    """
     if now > certificate.not_valid_after_utc:
         raise _useless(f"the certificate expired at {certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC")
     if now < certificate.not_valid_before_utc:
         raise _useless(f"the certificate is not valid before {certificate.not_valid_before_utc:%Y-%m-%d %H:%M} UTC")
+
+
+def leaf_identity(certificate: x509.Certificate, usage: x509.ObjectIdentifier) -> Identity:
+    """Steps 2 to 4 of `check_leaf`: what no time changes.
+
+    Raises:
+        Unauthenticated: one of the three does not hold.
+    """
     # 2
     if is_authority(certificate):
         raise _useless("the certificate is of a certificate authority, not of a process")

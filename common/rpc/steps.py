@@ -30,13 +30,19 @@ async def shielded(step: Coroutine[Any, Any, _T]) -> _T:
     cancelled: asyncio.CancelledError | None = None
     while not task.done():
         try:
-            # wait() neither cancels the task when it is cancelled itself, nor raises what the task raises.
-            await asyncio.wait({task})
+            await _end(task)
         except asyncio.CancelledError as error:
             cancelled = error
     if cancelled is not None:
         raise cancelled from (None if task.cancelled() else task.exception())
     return task.result()
+
+
+def _end(task: asyncio.Task[Any]) -> asyncio.Future[None]:
+    """Is done when the task is. Cancelling it does not cancel the task, and it raises nothing that the task raises."""
+    ended = task.get_loop().create_future()
+    task.add_done_callback(lambda _task: None if ended.done() else ended.set_result(None))
+    return ended
 
 
 async def drain() -> None:

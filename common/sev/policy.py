@@ -8,6 +8,7 @@ session's MAC and into the measurement, so it is kept as it came, never narrowed
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Self
 
 from common.sev.abi import PolicyBit
@@ -81,8 +82,13 @@ class GuestPolicy:
         return self.value.to_bytes(4, "little")
 
     def __str__(self) -> str:
-        names = [str(bit.name) for bit in PolicyBit if bit in self.bits]
-        major, minor = self.minimum_api
-        if (major, minor) != (0, 0):
-            names.append(f"API>={major}.{minor}")
-        return f"0x{self.value:08x} ({' '.join(names) or 'nothing is forbidden'})"
+        return _text(self)
+
+
+@lru_cache(maxsize=256)
+def _text(policy: GuestPolicy) -> str:
+    names = [str(bit.name) for bit in PolicyBit if bit in policy.bits]
+    major, minor = policy.minimum_api
+    if (major, minor) != (0, 0):
+        names.append(f"API>={major}.{minor}")
+    return f"0x{policy.value:08x} ({' '.join(names) or 'nothing is forbidden'})"

@@ -15,6 +15,7 @@ from collections.abc import Mapping, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import PurePath
 from typing import Any, Protocol, TextIO, cast
 from uuid import UUID
@@ -46,6 +47,7 @@ _MAX_ITEMS = 64
 _MAX_DEPTH = 6
 _MAX_FRAMES = 30
 _MAX_COUNT = 1_000_000
+_ENCODER = json.JSONEncoder(ensure_ascii=True, separators=(",", ":"))
 
 
 class Log(Protocol):
@@ -91,8 +93,7 @@ def configure(service: str, stream: TextIO | None = None) -> Log:
         structlog.WriteLogger(cast("TextIO", _Sink(out))),
         processors=[structlog.processors.add_log_level, _Line(service=service)],
         wrapper_class=structlog.BoundLogger,
-        cache_logger_on_first_use=False,
-    )
+    ).bind()  # what `wrap_logger` gives makes a logger anew for each line
     root = logging.getLogger()
     for old in [handler for handler in root.handlers if isinstance(handler, _LibraryHandler)]:
         root.removeHandler(old)
@@ -137,24 +138,30 @@ class _Line:
                 line["error"] = describe_exception(error)
         # A field never replaces one of the line's own.
         line |= {(name if name not in line else f"{name}_"): _field(name, value) for name, value in fields.items()}
-        return json.dumps(line, ensure_ascii=True, separators=(",", ":"))
+        return _ENCODER.encode(line)
 
 
 def _field(name: str, value: object, depth: int = 0) -> object:
-    lowered = name.lower()
-    if lowered in SECRET_NAMES or SECRET_WORDS.intersection(lowered.replace("-", "_").replace(".", "_").split("_")):
+    if _is_secret(name):
         # How many secrets, or whether there is one, is no secret.
         harmless = value is None or isinstance(value, bool) or (isinstance(value, int) and abs(value) < _MAX_COUNT)
         return value if harmless else _REDACTED
     return redact(value, depth)
 
 
+@lru_cache(maxsize=4096)
+def _is_secret(name: str) -> bool:
+    lowered = name.lower()
+    words = lowered.replace("-", "_").replace(".", "_").split("_")
+    return lowered in SECRET_NAMES or not SECRET_WORDS.isdisjoint(words)
+
+
 def redact(value: object, depth: int = 0) -> object:
     """What of `value` may be printed: numbers, text, times, ids; containers of these; of all else only the type."""
-    if value is None or isinstance(value, bool | int | float):
-        return value
     if isinstance(value, str):  # a StrEnum too
         return str(value) if len(value) <= _MAX_TEXT else f"{value[:_MAX_TEXT]}…"
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
     if isinstance(value, bytes | bytearray | memoryview):
         return f"[{len(value)} bytes]"
     if isinstance(value, BaseException):
