@@ -266,8 +266,13 @@ def exit_code(error: SevattestError) -> int:
 
 def rebuild(reason: str, message: str, fields: dict[str, str]) -> SevattestError | None:
     """The error that a peer raised, from what it sent; None for a reason that this version does not know."""
+    known = known_reason(reason)
+    return None if known is None else CLASS_OF[known](known, message, **fields)
+
+
+def known_reason(name: str | None) -> Reason | None:
+    """The reason of this name; None for none, and for one that only a newer peer or replica knows."""
     try:
-        known = Reason(reason)
+        return None if name is None else Reason(name)
     except ValueError:
         return None
-    return CLASS_OF[known](known, message, **fields)

@@ -11,7 +11,7 @@ from uuid import UUID
 import msgspec
 
 from common.audit.chain import canonical_json, record_fields
-from common.errors import Reason
+from common.errors import Reason, known_reason
 from verifier.admin.paging import Listing, Page, PageRequest
 from verifier.store.rows import ChainedRecord, Checkpoint
 
@@ -28,7 +28,7 @@ class ShownRecord:
         audit_id: its id.
         time: when it was written.
         event: what happened.
-        reason: where the event is a refusal.
+        reason: where the event is a refusal; None too for one that only a newer replica knows, which `json` names.
         json: the very text that is hashed.
     """
 
@@ -115,6 +115,6 @@ def _shown(chained: ChainedRecord) -> ShownRecord:
         audit_id=record.audit_id,
         time=record.time,
         event=record.event,
-        reason=None if record.reason is None else Reason(record.reason),
+        reason=known_reason(record.reason),
         json=canonical_json(fields).decode(),
     )

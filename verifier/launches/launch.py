@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from uuid import UUID
 
-from common.errors import Reason
+from common.errors import Reason, known_reason
 from common.sev.measurement import FirmwareVersion, MeasurementBlob
 from verifier.launches.state import State
 from verifier.store.rows import LaunchRow
@@ -138,13 +138,13 @@ def content_hash(*parts: bytes) -> bytes:
 
 
 def view(row: LaunchRow) -> Launch:
-    """What a row shows to its caller."""
+    """What a row shows to its caller. A reason that only a newer replica knows is left out: the state says enough."""
     return Launch(
         launch_id=row.launch_id,
         workload=row.workload,
         workload_version=row.workload_version,
         state=State(row.state),
-        reason=None if row.reason is None else Reason(row.reason),
+        reason=known_reason(row.reason),
         create_time=row.create_time,
         expire_time=row.expire_time,
         end_time=row.end_time,

@@ -33,7 +33,7 @@ from uuid import UUID
 from weakref import WeakValueDictionary
 
 from common.audit.jws import RECEIPT_TYPE
-from common.errors import Reason
+from common.errors import known_reason
 from common.sev.abi import MINIMUM_API
 from common.sev.measurement import FirmwareVersion, match
 from common.sev.secret import SecretPacket
@@ -140,8 +140,9 @@ class Releaser:
 
     async def _again(self, row: LaunchRow, revision: int, now: datetime) -> Released:
         """The answer that this request got before."""
-        if row.state == State.REFUSED and row.reason is not None and row.audit_id is not None:
-            raise refusal(Reason(row.reason), row.audit_id)
+        reason = known_reason(row.reason)  # a newer replica's own reads as LAUNCH_REFUSED, below
+        if row.state == State.REFUSED and reason is not None and row.audit_id is not None:
+            raise refusal(reason, row.audit_id)
         if row.state != State.RELEASED or row.packet is None or row.end_time is None or now - row.end_time >= REPEATS:
             raise ended(State(row.state))
         documents = await self._d.library.current(revision)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from common.errors import CLASS_OF, LEAVES, Reason, Refused, exit_code, rebuild
+from common.errors import CLASS_OF, LEAVES, Reason, Refused, exit_code, known_reason, rebuild
 from sevattest.v1 import reason_pb2
 
 
@@ -31,6 +31,13 @@ def test_a_peer_rebuilds_the_error_that_was_raised(reason: Reason) -> None:
 
 def test_a_reason_of_a_newer_peer_is_not_guessed() -> None:
     assert rebuild("SOMETHING_NEW", "a sentence", {}) is None
+    assert known_reason("SOMETHING_NEW") is None
+    assert known_reason(None) is None
+
+
+@pytest.mark.parametrize("reason", Reason)
+def test_a_reason_is_known_by_its_name(reason: Reason) -> None:
+    assert known_reason(reason.value) is reason
 
 
 @pytest.mark.parametrize(
