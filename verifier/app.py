@@ -187,7 +187,7 @@ class App:
 
     async def _dependencies(self, server: Server) -> Dependencies:
         world, config = self._world, self._config
-        identities = await load_identities(self._store, self._keyring, world.random)
+        identities = await load_identities(self._store, self._keyring, world.random, self._log)
         return Dependencies(
             store=self._store,
             library=self._library,

@@ -263,7 +263,7 @@ async def desk(
         await library.load()
         deny_list = DenyList(denied)
         sealing = FileKey(KEK)
-        identities = await load_identities(store, sealing, os.urandom)
+        identities = await load_identities(store, sealing, os.urandom, log)
         dependencies = Dependencies(
             store=store,
             library=library,

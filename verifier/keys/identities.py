@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from common.errors import Reason, Unavailable
+from common.telemetry.log import Log
 from verifier.keys.base import SealingKey, identity_place
 from verifier.keys.signer import PSEUDONYM_KEY_SIZE, Pseudonyms, Signer
 
@@ -30,6 +31,10 @@ class IdentityStore(Protocol):
 
     async def identity(self, name: str) -> bytes | None:
         """A sealed key of the verifier's own."""
+        ...
+
+    async def head(self) -> tuple[int, bytes]:
+        """Number and hash of the last audit record; 0 in a new store."""
         ...
 
     async def keep_identity(self, name: str, sealed: bytes) -> bytes:
@@ -45,15 +50,25 @@ class Identities:
     pseudonyms: Pseudonyms
 
 
-async def load_identities(store: IdentityStore, sealing: SealingKey, random: Callable[[int], bytes]) -> Identities:
+async def load_identities(
+    store: IdentityStore, sealing: SealingKey, random: Callable[[int], bytes], log: Log
+) -> Identities:
     """The verifier's keys out of the store; made where there are none. Whoever comes first of several wins.
+
+    Keys that are missing beside an audit log that is not empty were removed: they are made again, and the log says so.
 
     Raises:
         Unavailable: the store has no answer, the sealing key is out of reach, or what is kept does not open.
     """
-    signing = await _kept(store, sealing, SIGNING, _new_signing_key)
-    pseudonym = await _kept(store, sealing, PSEUDONYM, lambda: random(PSEUDONYM_KEY_SIZE))
-    return Identities(signer=_signer(signing), pseudonyms=Pseudonyms(pseudonym))
+    # Before the keys are looked for: another replica that is starting too records nothing before it has them.
+    records, _ = await store.head()
+    signing, new_signing = await _kept(store, sealing, SIGNING, _new_signing_key)
+    pseudonym, new_pseudonym = await _kept(store, sealing, PSEUDONYM, lambda: random(PSEUDONYM_KEY_SIZE))
+    signer = _signer(signing)
+    made = [name for name, new in ((SIGNING, new_signing), (PSEUDONYM, new_pseudonym)) if new]
+    if made and records > 0:
+        log.error("keys.identities_made_again", made=made, kid=signer.kid, records=records)
+    return Identities(signer=signer, pseudonyms=Pseudonyms(pseudonym))
 
 
 def _signer(signing: bytes) -> Signer:
@@ -66,12 +81,14 @@ def _signer(signing: bytes) -> Signer:
     return Signer(key)
 
 
-async def _kept(store: IdentityStore, sealing: SealingKey, name: str, make: Callable[[], bytes]) -> bytes:
+async def _kept(store: IdentityStore, sealing: SealingKey, name: str, make: Callable[[], bytes]) -> tuple[bytes, bool]:
+    """One of the keys, and whether the store had none."""
     place = identity_place(name)
     sealed = await store.identity(name)
+    missing = sealed is None
     if sealed is None:
         sealed = await store.keep_identity(name, sealing.seal(make(), place))
-    return sealing.unseal(sealed, place)
+    return sealing.unseal(sealed, place), missing
 
 
 def _new_signing_key() -> bytes:

@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from common.audit.jws import read_key_set, verify_jws
 from common.errors import Reason, Unavailable
+from tests.support.recording_log import RecordingLog
 from verifier.keys.base import identity_place
 from verifier.keys.file import FileKey
 from verifier.keys.identities import load_identities
@@ -28,6 +29,11 @@ class Kept:
 
     def __init__(self) -> None:
         self.blobs: dict[str, bytes] = {}
+        self.records = 0
+
+    async def head(self) -> tuple[int, bytes]:
+        await asyncio.sleep(0)
+        return self.records, bytes(32)
 
     async def identity(self, name: str) -> bytes | None:
         await asyncio.sleep(0)
@@ -40,9 +46,9 @@ class Kept:
 
 async def test_the_keys_are_made_once_and_kept_sealed() -> None:
     store = Kept()
-    first = await load_identities(store, KEY, os.urandom)
+    first = await load_identities(store, KEY, os.urandom, RecordingLog())
     blobs = dict(store.blobs)
-    again = await load_identities(store, KEY, os.urandom)
+    again = await load_identities(store, KEY, os.urandom, RecordingLog())
     assert again.signer.kid == first.signer.kid
     assert again.pseudonyms.of("chip") == first.pseudonyms.of("chip")
     assert store.blobs == blobs
@@ -52,25 +58,52 @@ async def test_the_keys_are_made_once_and_kept_sealed() -> None:
 
 async def test_replicas_that_start_together_share_the_keys() -> None:
     store = Kept()
-    all_of_them = await asyncio.gather(*(load_identities(store, KEY, os.urandom) for _ in range(5)))
+    all_of_them = await asyncio.gather(*(load_identities(store, KEY, os.urandom, RecordingLog()) for _ in range(5)))
     assert len({each.signer.kid for each in all_of_them}) == 1
     assert len({each.pseudonyms.of("chip") for each in all_of_them}) == 1
 
 
+@pytest.mark.parametrize("gone", [["signing", "pseudonym"], ["signing"], ["pseudonym"]])
+async def test_keys_that_are_gone_beside_a_log_with_records_are_made_again_loudly(gone: list[str]) -> None:
+    store, log = Kept(), RecordingLog()
+    first = await load_identities(store, KEY, os.urandom, log)
+    store.records = 7
+    for name in gone:
+        del store.blobs[name]
+    again = await load_identities(store, KEY, os.urandom, log)
+    assert (again.signer.kid != first.signer.kid) == ("signing" in gone)
+    (line,) = log.events
+    assert (line.level, line.name) == ("error", "keys.identities_made_again")
+    assert line.fields == {"made": gone, "kid": again.signer.kid, "records": 7}
+    await load_identities(store, KEY, os.urandom, log)
+    assert len(log.events) == 1
+
+
+async def test_keys_of_a_new_store_and_keys_that_are_there_are_nothing_to_speak_of() -> None:
+    store, log = Kept(), RecordingLog()
+    await asyncio.gather(*(load_identities(store, KEY, os.urandom, log) for _ in range(5)))
+    store.records = 7
+    await load_identities(store, KEY, os.urandom, log)
+    assert log.events == []
+
+
 async def test_other_stores_have_other_keys() -> None:
-    one, other = await load_identities(Kept(), KEY, os.urandom), await load_identities(Kept(), KEY, os.urandom)
+    one, other = (
+        await load_identities(Kept(), KEY, os.urandom, RecordingLog()),
+        await load_identities(Kept(), KEY, os.urandom, RecordingLog()),
+    )
     assert one.signer.kid != other.signer.kid
     assert one.pseudonyms.of("chip") != other.pseudonyms.of("chip")
 
 
 async def test_keys_under_another_key_file_or_in_each_others_place_stay_closed() -> None:
     store = Kept()
-    await load_identities(store, KEY, os.urandom)
+    await load_identities(store, KEY, os.urandom, RecordingLog())
     with pytest.raises(Unavailable, match="another key file"):
-        await load_identities(store, FileKey(b"o" * 32), os.urandom)
+        await load_identities(store, FileKey(b"o" * 32), os.urandom, RecordingLog())
     store.blobs["signing"], store.blobs["pseudonym"] = store.blobs["pseudonym"], store.blobs["signing"]
     with pytest.raises(Unavailable, match="does not open"):
-        await load_identities(store, KEY, os.urandom)
+        await load_identities(store, KEY, os.urandom, RecordingLog())
 
 
 @pytest.mark.parametrize(
@@ -86,7 +119,7 @@ async def test_a_signing_key_of_another_kind_is_not_used(content: bytes) -> None
     store = Kept()
     await store.keep_identity("signing", KEY.seal(content, identity_place("signing")))
     with pytest.raises(Unavailable, match="not usable") as caught:
-        await load_identities(store, KEY, os.urandom)
+        await load_identities(store, KEY, os.urandom, RecordingLog())
     assert caught.value.reason is Reason.STORE_UNAVAILABLE
 
 
