@@ -21,6 +21,9 @@ from verifier.store.rows import LedgerRow
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 _SECOND = 1_000_000  # microseconds
+# These go to the caller as they are. How many launches others have open is theirs and the owner's, who asks for the
+# grant's status.
+_BUSY = "open launches have reserved all that the grant allows now"
 
 
 def begin(row: LedgerRow, grant: Grant, now: datetime) -> LedgerRow:
@@ -35,10 +38,8 @@ def begin(row: LedgerRow, grant: Grant, now: datetime) -> LedgerRow:
         raise Refused(Reason.GRANT_EXHAUSTED, f"all {grant.launches} launches of the grant were released")
     if row.refused >= grant.refusals:
         raise Refused(Reason.GRANT_SUSPENDED, f"{row.refused} launches of the grant were refused, which suspends it")
-    if row.open >= grant.at_once:
-        raise LimitExceeded(Reason.GRANT_BUSY, f"{row.open} launches of the grant are open, which is all it may have")
-    if row.released + row.open >= grant.launches:
-        raise LimitExceeded(Reason.GRANT_BUSY, "open launches have reserved all that is left of the grant")
+    if row.open >= min(grant.at_once, grant.launches - row.released):
+        raise LimitExceeded(Reason.GRANT_BUSY, _BUSY)
     rate_time = row.rate_time if grant.rate is None else _arrival(row.rate_time, grant.rate, now)
     return replace(row, open=row.open + 1, rate_time=rate_time)
 
@@ -101,7 +102,7 @@ def _arrival(earlier: int, rate: Rate, now: datetime) -> int:
         seconds = -(-wait // _SECOND)
         raise LimitExceeded(
             Reason.GRANT_RATE_LIMITED,
-            f"the grant allows {rate.launches} launches in {rate.period}, the next in {seconds} seconds",
+            f"the grant's rate allows the next launch in {seconds} seconds",
             retry_after=str(seconds),
         )
     return arrival

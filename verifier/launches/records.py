@@ -101,6 +101,12 @@ class Recorder:
             record=msgspec.json.decode(row.body),
         )
 
+    def log_unsettled(self, row: AuditRow, grant: str | None, error: SevattestError) -> None:
+        """Write the line of a launch that ended without its grant's ledger, which does not know of it."""
+        self._log.error(
+            "grant.unsettled", audit_id=str(row.audit_id), launch_id=str(row.launch_id), grant=grant, error=error
+        )
+
     def log_refusal(self, event: str, caller: str, error: SevattestError) -> None:
         """Write the line of a refusal that passes by itself, and of which no record is kept: nobody could read them."""
         self._log.warning(event, caller=caller, reason=error.reason, text=error.message)

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from datetime import datetime
 from uuid import UUID
 
-from common.errors import InvalidInput, NotFound, Reason, WrongState
+from common.errors import InvalidInput, NotFound, PlatformFailed, Reason, WrongState
 from common.sev.abi import PACKET_MAX_SIZE
 from verifier.launches import ledger
 from verifier.launches.dependencies import Dependencies
 from verifier.launches.records import AuditEvent
 from verifier.launches.state import Event, State, after
-from verifier.store.rows import LaunchRow, LedgerRow, Move, Outcome, Spending
+from verifier.store.rows import AuditRow, LaunchRow, LedgerRow, Move, Outcome, Spending
 
 # Scopes of request ids, stored: they are for ever.
 BEGIN, RELEASE, ABANDON = "BeginLaunch", "ReleaseSecret", "AbandonLaunch"
@@ -50,23 +50,45 @@ async def owned_launch(dependencies: Dependencies, launch_id: UUID, caller: str,
 
 
 async def expire(dependencies: Dependencies, launch_id: UUID, now: datetime) -> bool:
-    """End an open launch whose time has run out, erasing its keys; whether it was this call that did it."""
+    """End an open launch whose time has run out, erasing its keys; whether it was this call that did it.
+
+    A grant's ledger that knows of no open launch was tampered with. That keeps neither this launch's keys on the disk
+    nor others' launches from ending: it ends without the ledger, and the log and its record say so.
+
+    Raises:
+        Unavailable: the store has no answer.
+    """
     row = await dependencies.store.launch(launch_id)
     if row is None:
         return False
     audit = dependencies.records.row(AuditEvent.EXPIRED, time=now, caller=None, launch_id=launch_id)
+    spending = settle(row, ledger.returned)
+    try:
+        done = await _expire(dependencies, audit, spending)
+    except PlatformFailed as error:
+        audit = dependencies.records.row(
+            AuditEvent.EXPIRED, time=now, caller=None, launch_id=launch_id, grant=row.grant, settled=False
+        )
+        done = await _expire(dependencies, audit, None)
+        if done:
+            dependencies.records.log_unsettled(audit, row.grant, error)
+    return done
+
+
+async def _expire(dependencies: Dependencies, audit: AuditRow, spending: Spending | None) -> bool:
+    assert audit.launch_id is not None  # noqa: S101 -- the record of a launch's end
     move = Move(
-        launch_id=launch_id,
+        launch_id=audit.launch_id,
         expected=State.OPEN.value,
         to=after(State.OPEN, Event.EXPIRE).value,
-        time=now,
+        time=audit.time,
         overdue=True,
         audit=audit,
-        spending=settle(row, ledger.returned),
+        spending=spending,
     )
     done = await dependencies.store.move(move) is Outcome.DONE
     if done:
-        dependencies.time.stored(now)
+        dependencies.time.stored(audit.time)
         dependencies.records.log(audit)
     return done
 

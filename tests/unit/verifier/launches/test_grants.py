@@ -20,9 +20,10 @@ from tests.support.documents import CALLER, STRANGER
 from tests.support.documents import workload as document
 from verifier.documents.workload import SecretSpec
 from verifier.launches.launch import Begun, ReleaseRequest
+from verifier.launches.records import AuditEvent
 from verifier.launches.release import Releaser
 from verifier.secrets.router import Secrets
-from verifier.store.rows import LedgerRow
+from verifier.store.rows import LedgerRow, Spending
 
 ELSEWHERE = "11" * 32
 
@@ -124,6 +125,40 @@ async def test_the_reservation_of_a_launch_that_never_came_back_is_given_back(tm
         # Nobody has swept: whoever needs the reservation looks.
         await d.begin()
         assert await d.store.ledger("g") == LedgerRow(open=1)
+
+
+@pytest.mark.parametrize("forgotten", [True, False], ids=["forgotten", "known"])
+async def test_a_launch_that_its_ledger_forgot_ends_without_it_and_holds_nobody_up(
+    tmp_path: Path, *, forgotten: bool
+) -> None:
+    async with desk(tmp_path, content=[document(), grant()]) as d:
+        first = (await d.begin(grant="g")).launch.launch_id
+        other = (await d.begin()).launch.launch_id
+        if forgotten:
+            record = d.dependencies.records.row(AuditEvent.DOCUMENT_APPLIED, time=d.clock.now(), caller=None)
+            await d.store.record(record, Spending(grant="g", change=lambda row: replace(row, open=0)))
+        d.clock.advance(timedelta(minutes=10))
+        assert await d.broker.expire_overdue() == 2
+        for launch_id in (first, other):
+            assert (await d.broker.get(CALLER, launch_id)).state == "expired"
+            assert await d.keys_of(launch_id) is None
+        assert await d.store.ledger("g") == LedgerRow()
+        (ended,) = (json.loads(row.body) for row in d.audit(first) if row.event == "launch.expired")
+        assert ended == ({"grant": "g", "settled": False} if forgotten else {})
+        lines = [(line.level, line.fields["launch_id"]) for line in d.log.named("grant.unsettled")]
+        assert lines == ([("error", str(first))] if forgotten else [])
+
+
+async def test_smaller_limits_stop_no_open_launch_but_the_next_one(tmp_path: Path) -> None:
+    async with desk(tmp_path, content=owned(grant())) as d:
+        first, second = await d.begin(), await d.begin()
+        d.write(grant(version="2", launches=1, at_once=1))
+        await d.library.load()
+        assert await reason(d.begin()) is Reason.GRANT_BUSY
+        await released(d, first)
+        await released(d, second)
+        assert await d.store.ledger("g") == LedgerRow(released=2)
+        assert await reason(d.begin()) is Reason.GRANT_EXHAUSTED
 
 
 async def test_refusals_are_counted_and_suspend_the_grant(tmp_path: Path) -> None:

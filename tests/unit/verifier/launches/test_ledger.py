@@ -62,6 +62,14 @@ def test_what_is_spent_or_reserved_is_refused_with_its_reason(row: LedgerRow, re
     assert reason_against(row, GRANT, NOW) is reason
 
 
+@pytest.mark.parametrize("others", [LedgerRow(open=2), LedgerRow(open=7, released=1), LedgerRow(open=1, released=2)])
+def test_a_caller_is_not_told_how_many_launches_others_have_open(others: LedgerRow) -> None:
+    with pytest.raises(LimitExceeded) as caught:
+        begin(others, GRANT, NOW)
+    assert caught.value.message == "open launches have reserved all that the grant allows now"
+    assert caught.value.fields == {}
+
+
 @pytest.mark.parametrize(
     "row", [LedgerRow(released=2), LedgerRow(released=2, refused=1), LedgerRow(open=1), LedgerRow(open=1, released=1)]
 )
