@@ -132,8 +132,23 @@ class CertificateWatch:
 
     def credentials(self) -> grpc.ServerCredentials:
         """Credentials that follow this watch; a client certificate is always required."""
+        given = self._configuration
+
+        def fetch() -> grpc.ServerCertificateConfiguration | None:
+            """What gRPC asks at each new connection: other files than before, or None for the same."""
+            # Never the same ones again: gRPC would build its handshakers' factory anew and free the old one, which
+            # another thread may be using for another connection at that moment (seen with 1.85.1: SIGSEGV).
+            nonlocal given
+            now = self._configuration
+            if now is given:
+                return None
+            given = now
+            return now
+
         return grpc.dynamic_ssl_server_credentials(
-            self._configuration, lambda: self._configuration, require_client_authentication=True
+            given,
+            fetch,  # type: ignore[arg-type]  # the stub knows no None, which gRPC documents
+            require_client_authentication=True,
         )
 
     def expires_soon(self) -> bool:

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, PrivateFormat
@@ -269,6 +270,31 @@ def test_a_watch_takes_a_good_change_and_keeps_the_last_good_over_a_bad_one(pki:
     assert watch.material.identity.name == "second"
     assert [event.name for event in log.events] == [*["tls.reload_failed"] * 2, "tls.reloaded", "tls.reload_failed"]
     assert "own.pem" in log.events[0].fields["text"]
+
+
+def test_each_listener_is_given_new_files_once_and_never_the_same_ones_again(
+    pki: Pki, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetchers: list[Callable[[], object]] = []
+
+    def credentials(_first: object, fetch: Callable[[], object], *, require_client_authentication: bool) -> None:
+        assert require_client_authentication
+        fetchers.append(fetch)
+
+    monkeypatch.setattr(grpc, "dynamic_ssl_server_credentials", credentials)
+    own = _own(pki.forge(Role.AGENT, name="first"), tmp_path)
+    watch = CertificateWatch(_with_pair(pki, own), log=RecordingLog())
+    watch.credentials()
+    watch.credentials()
+    # What gRPC is given again it builds again, under the hands of connections that are being made: it crashes.
+    assert [fetch() for fetch in fetchers * 2] == [None] * 4
+    second = pki.forge(Role.AGENT, name="second")
+    _put(second.key.read_bytes(), own.key)
+    _put(second.cert.read_bytes(), own.cert)
+    assert watch.poll()
+    first_time, again = [fetch() for fetch in fetchers], [fetch() for fetch in fetchers]
+    assert [type(each) for each in first_time] == [grpc.ServerCertificateConfiguration] * 2
+    assert again == [None, None]
 
 
 def test_a_certificate_that_starts_later_is_taken_when_it_starts(pki: Pki, tmp_path: Path) -> None:
