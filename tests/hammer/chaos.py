@@ -57,6 +57,11 @@ class Replica:
             serving, self.serving = self.serving, None
             await asyncio.to_thread(serving.kill)
 
+    def must_live(self) -> None:
+        """Fail where the process ended by itself."""
+        code = None if self.serving is None else self.serving.process.poll()
+        assert code is None, f"a verifier ended by itself: exit code {code}"
+
     async def stop(self) -> None:
         """End the process in peace."""
         if self.serving is not None:
@@ -100,6 +105,13 @@ class Chaos:
     def stop(self) -> None:
         """Begin nothing new."""
         self._over = True
+
+    async def watch(self) -> None:
+        """Fail where a verifier ends that nobody killed."""
+        while not self._over:
+            for replica in self._replicas.all:
+                replica.must_live()
+            await asyncio.sleep(_POLL_S)
 
     async def rage(self) -> None:
         """Do all that is planned, as far as there is time; everything is up again afterwards."""

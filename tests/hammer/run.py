@@ -116,6 +116,7 @@ async def _rage(plan: Plan, tally: Tally, site: VerifierSite, replicas: Replicas
     ]
     started = time.monotonic()
     async with asyncio.timeout(plan.patience), _sampled(tally, _sampler(site, server)), asyncio.TaskGroup() as group:
+        group.create_task(chaos.watch())
         group.create_task(chaos.rage())
         group.create_task(all_at_work(callers, chaos.stop))
     tally.seconds = time.monotonic() - started
