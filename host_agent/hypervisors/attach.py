@@ -4,8 +4,9 @@ The guest's definition names a folder of the agent's own for the owner's files (
 machine's monitor will be. In order:
 
 1. The place must be free. A machine that is there already was not started with this launch's session; it is left alone.
-2. The files are written. Whoever starts the machine waits for `launch.cfg`; or the definition names a command, which
-   is run without a shell, behind the gate of `process.py`, and is on record before it begins.
+2. The owner's files are written, and when the launch is on record `launch.cfg`, which calls for the machine. Whoever
+   starts it waits for that; or the definition names a command, which is run without a shell, behind the gate of
+   `process.py`. So an agent that finds no `launch.cfg` at its start knows that the machine was never called for.
 3. What then listens at that place is the guest's machine if it began after the launch and reads `launch.cfg`
    (`expected.py`); anything else there fails the launch and is left alone. It is known by pid (SO_PEERCRED), start time
    and boot, and held by a pidfd. Every later connection must lead to the same process, and signals go through that
@@ -103,12 +104,13 @@ async def expect(definition: AttachDefinition, order: StartOrder, settings: Qemu
     _link(order.folder / MONITOR, definition.monitor)
     _link(order.folder / _INPUTS, definition.inputs)
     expected = Expected.from_now(definition.inputs / LAUNCH_FILE, order.launch)
+    call = expected.head + launch_file(options, definition.inputs)
     starter = None
     if definition.start:
         with console.open_log(order.folder) as log:
             starter = Process.spawn(definition.start, folder=order.folder, log=log, marker=str(order.launch))
     try:
-        inputs.write(order.godh, order.session, expected.head + launch_file(options, definition.inputs))
+        inputs.write(order.godh, order.session)
     except BaseException:
         if starter is not None:
             starter.close()  # its gate closes with it
@@ -119,6 +121,7 @@ async def expect(definition: AttachDefinition, order: StartOrder, settings: Qemu
         settings,
         launch=order.launch,
         expected=expected,
+        call=call,
         starter=starter,
         session=None if starter is None else starter.identity.pid,
     )
@@ -177,6 +180,7 @@ class AttachedMachine(MonitoredMachine):
         *,
         launch: UUID,
         expected: Expected | None,
+        call: str | None = None,
         starter: Process | None = None,
         process: Process | None = None,
         session: int | None = None,
@@ -187,6 +191,7 @@ class AttachedMachine(MonitoredMachine):
         self._settings = settings
         self._launch = launch
         self._expected = expected
+        self._call = call
         self._starter = starter
         self._process = process
         self._session = session
@@ -212,6 +217,8 @@ class AttachedMachine(MonitoredMachine):
 
     def release(self) -> None:
         """See `Machine`."""
+        if self._call is not None:
+            self._inputs.call(self._call)
         if self._starter is not None:
             self._starter.open_gate()
 

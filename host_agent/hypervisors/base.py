@@ -160,7 +160,11 @@ class Machine(Protocol):
         ...
 
     def release(self) -> None:
-        """Let begin what `Hypervisor.create` held back."""
+        """Let begin what `Hypervisor.create` held back.
+
+        Raises:
+            PlatformFailed: `HYPERVISOR_FAILED`; it cannot be called for.
+        """
         ...
 
     async def wait_ready(self) -> None:

@@ -2,8 +2,8 @@
 
 Names are fixed; nothing of them comes from the wire. Where the machine is started by somebody else, the files are in a
 folder that the guest's definition names, together with a configuration file for QEMU's `-readconfig` that says all
-that the agent would say on a command line of its own. That file is written last and removed first: while it is there,
-a launch is waiting for its machine.
+that the agent would say on a command line of its own. That file calls for the machine, so it is written last and
+removed first: while it is there, a launch is waiting for its machine.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import os
 import stat
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -40,25 +41,29 @@ class Inputs:
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
             raise _failed(f"{self.folder} is not a folder of the agent's own with mode 0700")
 
-    def write(self, godh: bytes, session: bytes, launch: str | None = None) -> None:
-        """Write them anew.
+    def write(self, godh: bytes, session: bytes) -> None:
+        """Write the owner's files anew; nothing calls for a machine yet, whatever was left of an earlier launch.
 
         Args:
             godh: the owner's certificate.
             session: the session blob.
-            launch: content of QEMU's configuration file, where the machine is started by somebody else.
 
         Raises:
             PlatformFailed: `HYPERVISOR_FAILED`; they cannot be written. Nothing is left of them.
         """
-        try:
-            self._write(GODH_FILE, base64.b64encode(godh))
-            self._write(SESSION_FILE, base64.b64encode(session))
-            if launch is not None:
-                self._write(LAUNCH_FILE, launch.encode())
-        except OSError as error:
-            self.remove()
-            raise _failed(f"the machine's files cannot be written: {error.strerror or error}") from error
+        self.remove()
+        self._write({GODH_FILE: base64.b64encode(godh), SESSION_FILE: base64.b64encode(session)})
+
+    def call(self, launch: str) -> None:
+        """Call for the machine that somebody else starts.
+
+        Args:
+            launch: content of QEMU's configuration file.
+
+        Raises:
+            PlatformFailed: `HYPERVISOR_FAILED`; it cannot be written. Nothing is left of any file.
+        """
+        self._write({LAUNCH_FILE: launch.encode()})
 
     def remove(self) -> None:
         """Remove them; the machine has read them, or is not to."""
@@ -67,7 +72,15 @@ class Inputs:
                 with suppress(OSError):
                     path.unlink()
 
-    def _write(self, name: str, data: bytes) -> None:
+    def _write(self, files: Mapping[str, bytes]) -> None:
+        try:
+            for name, data in files.items():
+                self._write_one(name, data)
+        except OSError as error:
+            self.remove()
+            raise _failed(f"the machine's files cannot be written: {error.strerror or error}") from error
+
+    def _write_one(self, name: str, data: bytes) -> None:
         """A new file that nobody else can open; it appears whole, and an old one of that name is not followed."""
         new = self._unfinished(name)
         new.unlink(missing_ok=True)

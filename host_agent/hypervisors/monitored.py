@@ -43,10 +43,6 @@ async def until_greeted(
 ) -> None:
     """Try until a machine's monitor greets.
 
-    The clock decides, and not a cancellation from outside: one can get lost in an attempt (`asyncio.wait_for` of Python
-    3.11 drops a cancellation that comes together with a result), and a monitor that hangs up at once would then be
-    tried for ever.
-
     Args:
         attempt: one attempt, given the seconds that are left; raises `Unavailable` where there is no greeting.
         check: called after an attempt that failed; raises what ends the wait.

@@ -174,7 +174,8 @@ class Process:
             if self.alive:
                 self._signal(number)
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self._gone.wait(), grace)
+                    async with asyncio.timeout(grace):
+                        await self._gone.wait()
         if self.alive:
             raise Unavailable(Reason.PLATFORM_UNAVAILABLE, "the machine was killed, and its process does not end")
         if self._marker is not None:

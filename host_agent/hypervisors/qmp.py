@@ -9,6 +9,8 @@ A connection lives for one step and is never used again after anything went wron
 come from runs of QEMU 7.2 and 10.0; when QEMU exits, its client may see ECONNRESET where it expects the end of file.
 While a client is still leaving, the next one may be sent away, or greeted and then not heard (about one in five hundred
 that follow at once). Nothing of ours was said by then, so whoever comes begins again.
+
+Time limits are `asyncio.timeout`: `asyncio.wait_for` of Python 3.11 drops a cancellation that comes with a result.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from pathlib import Path
 from qemu.qmp import ConnectError, ExecuteError, QMPClient, QMPError
 
 from common.errors import OutcomeUnknown, Reason, SevattestError, Unavailable
+from common.rpc.steps import shielded
 from host_agent.firmware_errors import hypervisor_failure
 
 # Everything that the agent ever says to a machine; QEMU 7.2 has 216 commands, `human-monitor-command` among them.
@@ -86,7 +89,8 @@ class MonitorSession:
         if self.broken:
             raise ValueError("a broken monitor connection is not used again")
         try:
-            return await asyncio.wait_for(self._client.execute(command, arguments), self._limit)
+            async with asyncio.timeout(self._limit):
+                return await self._client.execute(command, arguments)
         except ExecuteError as error:
             raise hypervisor_failure(f"the machine refused {command}", str(error)) from error
         except TimeoutError:
@@ -155,12 +159,12 @@ async def _greeted(folder: Path, name: str, limit: float, listener: int | None) 
 
 
 async def _leave(client: _Client, connection: socket.socket, *, politely: bool) -> None:
+    """Let go of a connection; whoever is cancelled meanwhile has let go of it too."""
     if not politely:
         # Ends both directions: the library must not wait until a peer that hangs has read the rest.
         with suppress(OSError):
             connection.shutdown(socket.SHUT_RDWR)
-    await _disconnect(client)
-    connection.close()
+    await shielded(_disconnect(client, connection))
 
 
 def _no_event(_event: object) -> bool:
@@ -193,7 +197,8 @@ async def listening_pid(folder: Path, name: str, *, limit: float) -> int:
 
 async def _reached(folder: Path, name: str, limit: float, listener: int | None) -> tuple[socket.socket, int]:
     try:
-        return await asyncio.wait_for(_connect(folder, name, listener), limit)
+        async with asyncio.timeout(limit):
+            return await _connect(folder, name, listener)
     except TimeoutError:
         raise _unreachable("takes no connection") from None
     except OSError as error:
@@ -240,17 +245,19 @@ def _checked_listener(connection: socket.socket, listener: int | None) -> int:
 
 async def _greet(client: QMPClient, connection: socket.socket, limit: float) -> None:
     try:
-        await asyncio.wait_for(client.connect(connection), limit)
+        async with asyncio.timeout(limit):
+            await client.connect(connection)
     except TimeoutError:
         raise _unreachable("does not greet; another client may hold it") from None
     except ConnectError as error:
         raise _unreachable("closed before its greeting, or greets in another protocol") from error
 
 
-async def _disconnect(client: QMPClient) -> None:
+async def _disconnect(client: QMPClient, connection: socket.socket) -> None:
     # It raises again whatever ended its reader; that was reported where it mattered.
-    with suppress(Exception):
-        await asyncio.wait_for(client.disconnect(), _DISCONNECT)
+    with connection, suppress(Exception):
+        async with asyncio.timeout(_DISCONNECT):
+            await client.disconnect()
 
 
 def _lost(command: str, what: str) -> SevattestError:

@@ -266,7 +266,8 @@ class Custody:
 async def _dying(machine: Machine) -> bool:
     """Whether the machine is gone, or will be in a moment: a monitor closes a little before its process ends."""
     with suppress(TimeoutError):
-        await asyncio.wait_for(machine.wait_gone(), _DYING)
+        async with asyncio.timeout(_DYING):
+            await machine.wait_gone()
     return not machine.alive
 
 

@@ -1,9 +1,10 @@
 """What happens to launches when nobody asks: restarts, deaths, time limits, and guests that run too early.
 
 At its start the agent goes through every launch that has not ended. One whose machine is still the very process that
-was written down goes on where it stood; one whose machine is gone ends. While the agent runs, a machine's death is
-noticed as it happens; guests that are to be paused are looked at from time to time, and a launch that is not resumed
-within its lifetime is ended. So whatever happened to the agent, a guest either runs with its secret or is not running.
+was written down goes on where it stood; one whose machine is gone ends. Where the machine is still coming up, that
+launch's callers wait, as before, and nobody else. While the agent runs, a machine's death is noticed as it happens;
+guests that are to be paused are looked at from time to time, and a launch that is not resumed within its lifetime is
+ended. So whatever happened to the agent, a guest either runs with its secret or is not running.
 """
 
 from __future__ import annotations
@@ -67,6 +68,9 @@ class Supervisor:
     async def recover(self) -> None:
         """Find the machines of a former run again, and bring every launch in line with its own.
 
+        A start goes on in the background, since it can take `qemu.start_timeout`. It has its launch's lock before
+        anybody is served, so that whoever asks for a step of it waits.
+
         Raises:
             InvalidInput: a record cannot be read; names the file.
         """
@@ -101,16 +105,10 @@ class Supervisor:
         not end must not keep the others from being looked after, and its own lock keeps it from being looked at twice.
         """
         while True:
-            tick = asyncio.create_task(self._try_tick())
+            tick = asyncio.create_task(self.tick())
             self._keep(tick)
             await asyncio.wait({tick}, timeout=_PATIENCE)
             await asyncio.sleep(interval)
-
-    async def _try_tick(self) -> None:
-        try:
-            await self.tick()
-        except Exception as error:  # noqa: BLE001 -- guests must be looked after whatever went wrong once
-            self._log.error("supervisor.defect", error=error)
 
     async def close(self) -> None:
         """Stop watching; the machines go on."""
@@ -131,7 +129,11 @@ class Supervisor:
                 if launch.state is not _S.STARTING:
                     # The agent may have died before it did; the machine has read them.
                     await asyncio.to_thread(machine.forget_inputs)
-            await self._bring_in_line(launch)
+            if not self._comes_up(launch):
+                await self._bring_in_line(launch)
+                return
+        # Nobody is served yet, so this is the first to have the lock again.
+        self._keep(asyncio.create_task(self._look_after(launch_id)))
 
     async def _look_after(self, launch_id: UUID) -> None:
         lock = self._ledger.lock(launch_id)
@@ -153,8 +155,7 @@ class Supervisor:
             if await self._overdue(launch):
                 return
             machine = self._custody.machine(launch_id)
-            if launch.state is _S.STARTING and launch.ending is None and machine is not None and machine.alive:
-                # The agent died while its machine came up.
+            if self._comes_up(launch):
                 await self._finish_start(launch)
                 return
             if machine is not None and machine.alive and launch.ending is None and not self._due(launch_id):
@@ -164,6 +165,11 @@ class Supervisor:
         except SevattestError as error:
             self._log.warning("launch.silent", launch_id=launch_id, state=launch.state, error=error)
             await self._count_silence(launch)
+
+    def _comes_up(self, launch: Launch) -> bool:
+        """Whether the agent died while the launch's machine came up, which it still may."""
+        machine = self._custody.machine(launch.launch_id)
+        return launch.state is _S.STARTING and launch.ending is None and machine is not None and machine.alive
 
     async def _finish_start(self, launch: Launch) -> None:
         try:
@@ -212,9 +218,14 @@ class Supervisor:
         self._keep(asyncio.create_task(self._note_death(launch_id, machine)))
 
     def _keep(self, task: asyncio.Task[None]) -> None:
-        """Hold a reference to a task while it runs; asyncio itself does not."""
+        """Hold a reference to a task while it runs, since asyncio does not; what goes wrong in it is logged."""
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._note_end)
+
+    def _note_end(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._log.error("supervisor.defect", error=error)
 
     async def _note_death(self, launch_id: UUID, machine: Machine) -> None:
         await machine.wait_gone()

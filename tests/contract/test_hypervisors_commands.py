@@ -121,7 +121,7 @@ async def test_a_command_of_an_agent_that_died_while_its_machine_came_up_is_reme
         await act.rig.leave()
         async with agent(stage, device=device, settings=SOON) as second:
             [launch] = second.runner.launches(ALICE)
-            assert launch.state is S.PAUSED
+            await second.until(launch, S.PAUSED)
             await until((stage.root / "note").exists)
         command, daemon = stage.pids
         try:

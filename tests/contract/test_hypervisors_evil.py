@@ -66,7 +66,7 @@ async def test_a_machine_that_is_not_what_was_asked_for_is_ended(
 async def test_a_machine_that_dies_before_its_monitor_is_a_failure(
     driver: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with play(driver, monkeypatch, settings=NOW) as act:
+    async with play(driver, monkeypatch, settings=NOW if driver == "attach" else QUICK) as act:
         act.script.set(die={"stderr": "sev_kvm_init: failed to initialize ret=-25 fw_error=0", "code": 1})
         with pytest.raises(PlatformFailed) as failure:
             await act.start()

@@ -6,7 +6,6 @@ import asyncio
 import os
 import signal
 import subprocess
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -14,6 +13,7 @@ from uuid import uuid4
 import pytest
 
 from common.errors import OutcomeUnknown, PlatformFailed, Reason, WrongState
+from host_agent.launches.runner import StartRequest
 from host_agent.launches.state import LaunchState as S
 from tests.support.agent import ALICE, HEADER, PAYLOAD, QUICK, FakeDevice, Rig, alive, machines_live_on
 from tests.support.eventually import until
@@ -111,33 +111,49 @@ async def test_an_agent_that_died_while_its_machine_came_up_goes_on_with_it(
 ) -> None:
     device = FakeDevice()
     async with play(driver, monkeypatch, device=device) as act:
-        order = act.rig.order()
-        ready = asyncio.Event()
-
-        def stop_there(passed: str, _launch_id: object, /) -> None:
-            if passed == point:
-                ready.set()
-                raise asyncio.CancelledError
-
-        act.rig.custody.observe = stop_there
         async with act.stage.somebody():
-            with suppress(asyncio.CancelledError):
-                await act.rig.runner.start(ALICE, order)
-            assert ready.is_set()
-            await act.rig.leave()
+            order = await _dies_at(act, point)
             async with agent(act.stage, device=device) as second:
                 [launch] = second.runner.launches(ALICE)
                 if driver == "libvirt" and point == "start: machine released":
                     # libvirt was not asked yet.
                     assert launch.state is S.FAILED
                 else:
-                    assert launch.state is S.PAUSED, launch.failure
-                    # The same request again is answered, and starts no second machine.
+                    # The same request again is answered when the machine is there, and starts no second one.
                     assert (await second.runner.start(ALICE, order)).state is S.PAUSED
                     assert len(act.stage.machines()) == 1
                     await second.runner.abort(ALICE, launch.launch_id, uuid4())
                 assert act.stage.machines() == []
         act.rig.ledger._launches.clear()
+
+
+@pytest.mark.parametrize("point", ["start: machine held", "start: machine written down"])
+async def test_a_machine_that_was_held_when_the_agent_died_does_not_begin_and_is_not_waited_for(
+    driver: str, point: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with play(driver, monkeypatch) as act:
+        async with act.stage.somebody():
+            await _dies_at(act, point)
+            async with asyncio.timeout(QUICK.start_timeout / 2), agent(act.stage) as second:
+                [launch] = second.runner.launches(ALICE)
+                await second.until(launch, S.FAILED)  # its gate may be closing just now
+        assert not act.script.started
+        act.rig.ledger._launches.clear()
+
+
+async def _dies_at(act: Play, point: str) -> StartRequest:
+    """A start during which the agent ends at this point; what was asked."""
+    order = act.rig.order()
+
+    def stop_there(passed: str, _launch_id: object, /) -> None:
+        if passed == point:
+            raise asyncio.CancelledError
+
+    act.rig.custody.observe = stop_there
+    with pytest.raises(asyncio.CancelledError):
+        await act.rig.runner.start(ALICE, order)
+    await act.rig.leave()
+    return order
 
 
 async def test_a_guest_that_left_the_configuration_is_still_looked_after(

@@ -129,6 +129,9 @@ class AnyOrder(RuleBasedStateMachine):
             limits=LIMITS,
         )
         await self.supervisor.recover()
+        for launch in ledger.unfinished():
+            async with ledger.lock(launch.launch_id):
+                pass  # a start that went on is done
 
     def on_record(self, slot: int) -> Launch | None:
         """The slot's launch, as a restarted agent would find it."""

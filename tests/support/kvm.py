@@ -10,7 +10,8 @@ import pytest
 _KVM_CREATE_VM = 0xAE01  # linux/kvm.h
 
 
-def _why_not() -> str:
+def why_no_kvm() -> str:
+    """Why there is none; empty where there is one."""
     try:
         kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
         try:
@@ -22,4 +23,4 @@ def _why_not() -> str:
     return ""
 
 
-needs_kvm = pytest.mark.skipif(bool(_why_not()), reason=_why_not() or "never")
+needs_kvm = pytest.mark.skipif(bool(why_no_kvm()), reason=why_no_kvm() or "never")

@@ -63,6 +63,7 @@ async def place(settings: QemuSettings = QUICK) -> AsyncIterator[Place]:
         )
         machine = await expect(definition, order, settings)
         try:
+            machine.release()
             yield Place(stage, script, machine)
         finally:
             machine.close()

@@ -23,7 +23,8 @@ def test_they_are_written_for_the_agent_alone_and_removed(tmp_path: Path) -> Non
     old = os.umask(0)
     try:
         inputs.prepare()
-        inputs.write(b"godh", b"session", "[machine]\n")
+        inputs.write(b"godh", b"session")
+        inputs.call("[machine]\n")
     finally:
         os.umask(old)
     assert names(inputs.folder) == NAMES
@@ -57,7 +58,8 @@ def test_a_link_in_a_files_place_is_not_followed(tmp_path: Path) -> None:
     inputs.prepare()
     for name in (*NAMES, "session.b64.new"):
         (inputs.folder / name).symlink_to(outside)
-    inputs.write(b"godh", b"session", "x")
+    inputs.write(b"godh", b"session")
+    inputs.call("x")
     assert outside.read_text() == "theirs"
     assert not (inputs.folder / "session.b64").is_symlink()
 
@@ -66,8 +68,9 @@ def test_what_cannot_be_written_whole_is_not_left_in_part(tmp_path: Path) -> Non
     inputs = Inputs(tmp_path / "in")
     inputs.prepare()
     (inputs.folder / "launch.cfg").mkdir()
+    inputs.write(b"godh", b"session")
     with pytest.raises(PlatformFailed, match="cannot be written"):
-        inputs.write(b"godh", b"session", "x")
+        inputs.call("x")
     assert names(inputs.folder) == ["launch.cfg"]
 
 
@@ -87,11 +90,14 @@ def test_a_folder_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest
         Inputs(tmp_path / "in").prepare()
 
 
+@pytest.mark.parametrize("before", [[], NAMES], ids=["nothing", "another launch's"])
 def test_the_file_that_calls_for_a_machine_comes_last_and_goes_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, before: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs = Inputs(tmp_path / "in")
     inputs.prepare()
+    for name in before:
+        (inputs.folder / name).touch()
     seen: list[list[str]] = []
     replace, unlink = Path.replace, Path.unlink
 
@@ -106,8 +112,9 @@ def test_the_file_that_calls_for_a_machine_comes_last_and_goes_first(
             seen.append(names(inputs.folder))
 
     monkeypatch.setattr(Path, "replace", replaced)
+    inputs.write(b"godh", b"session")
+    inputs.call("x")
     monkeypatch.setattr(Path, "unlink", unlinked)
-    inputs.write(b"godh", b"session", "x")
     inputs.remove()
     assert ["launch.cfg" in there for there in seen] == [False, False, True, False, False, False]
     assert seen[2] == NAMES

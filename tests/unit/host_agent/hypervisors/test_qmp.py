@@ -11,13 +11,15 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from common.errors import OutcomeUnknown, PlatformFailed, Reason, Refused, SevattestError, Unavailable
+from common.rpc.steps import drain
+from host_agent.hypervisors import qmp
 from host_agent.hypervisors.qmp import COMMANDS, IRREVERSIBLE, MonitorSession, monitor
 from tests.support import fake_qemu
 from tests.support.agent import Script, open_descriptors
@@ -28,6 +30,7 @@ SOCKET = "qmp.sock"
 GREETING = {"QMP": {"version": {"qemu": {"micro": 0, "minor": 2, "major": 7}, "package": ""}, "capabilities": []}}
 LONG = 20.0
 SHORT = 0.3
+TOLERANCE = 2.0  # of a loaded machine
 ARGUMENTS = ["-object", "sev-guest,id=sev0,policy=0x1", "-qmp", f"unix:{SOCKET},server=on,wait=off"]
 
 
@@ -261,6 +264,120 @@ async def test_one_that_is_always_lost_is_told_so_and_has_said_nothing() -> None
                 async with monitor(folder, "q", limit=SHORT):
                     pass
         assert heard == []
+
+
+@asynccontextmanager
+async def a_monitor_that_says(folder: Path, *parts: bytes) -> AsyncIterator[list[float]]:
+    """A monitor that says this to each client, a second part again and again, and hears nothing; when each came."""
+    came: list[float] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        came.append(asyncio.get_running_loop().time())
+        first, *rest = parts
+        with closing(writer), suppress(ConnectionError):
+            writer.write(first)
+            while rest:
+                writer.write(rest[0])
+                await writer.drain()
+                await asyncio.sleep(0)
+            await reader.read()
+
+    async with await asyncio.start_unix_server(serve, folder / "q"):
+        yield came
+
+
+HOSTILE = {
+    "silence": [b""],
+    "a greeting and silence": [json.dumps(GREETING).encode() + b"\n"],
+    "a greeting without end": [b'{"QMP": "', b"x" * (1 << 16)],
+    "a greeting in drops": [b'{"QMP": "', b"x"],
+    "greetings without end": [b"", json.dumps(GREETING).encode() + b"\n"],
+    "a greeting and events": [json.dumps(GREETING).encode() + b"\n", b'{"event": "STOP"}\n'],
+    "white space without end": [b"", b" " * (1 << 16)],
+    "empty lines without end": [b"", b"\n"],
+    "half a greeting and silence": [b'{"QMP": '],
+}
+
+
+@pytest.mark.parametrize("first", [0.001, 1.0], ids=["five attempts", "one attempt"])
+@pytest.mark.parametrize("said", HOSTILE)
+async def test_whatever_a_hostile_monitor_says_the_time_limit_is_kept_and_nothing_is_left(
+    said: str, first: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qmp, "_FIRST_ATTEMPT", first)
+    monkeypatch.setattr(qmp, "_RETRY", 0.001)
+    clock = asyncio.get_running_loop().time
+    before = open_descriptors()
+    with short_folder() as folder:
+        async with a_monitor_that_says(folder, *HOSTILE[said]) as came:
+            begun = clock()
+            with pytest.raises(Unavailable):
+                async with monitor(folder, "q", limit=SHORT):
+                    pass
+            took = clock() - begun
+        # It may give up before, where what it hears is not QMP.
+        assert took < SHORT + TOLERANCE
+        if said.endswith("silence"):
+            assert took > SHORT - 0.03
+            assert len(came) == (5 if first < SHORT else 1)
+        else:
+            assert 1 <= len(came) <= 5
+    await until(lambda: open_descriptors() <= before)
+
+
+@pytest.mark.parametrize("late", ["greeting", "answer"])
+async def test_the_last_attempt_has_all_the_time_that_is_left(late: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qmp, "_FIRST_ATTEMPT", 0.005)
+    greet, answer = json.dumps(GREETING).encode() + b"\n", b'{"return": {}}\n'
+    clients = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal clients
+        clients += 1
+        is_last = clients == 5
+        with closing(writer):
+            writer.write(greet if late == "answer" else b"")
+            if is_last:
+                await asyncio.sleep(0.5)  # far longer than any attempt before had
+                writer.write(answer if late == "answer" else greet + answer)
+            with suppress(ConnectionError):
+                await reader.read()
+
+    with short_folder() as folder:
+        async with await asyncio.start_unix_server(serve, folder / "q"), monitor(folder, "q", limit=LONG):
+            pass
+    assert clients == 5
+
+
+@pytest.mark.parametrize("losses", [[], ["sent away"], ["not heard"]])
+async def test_a_step_that_is_cancelled_at_any_moment_ends_there_and_leaves_no_connection(
+    losses: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qmp, "_FIRST_ATTEMPT", 0.01)
+    monkeypatch.setattr(qmp, "_RETRY", 0.001)
+    moments = 0
+    before = open_descriptors()
+
+    async def step(folder: Path) -> None:
+        async with monitor(folder, "q", limit=LONG) as connected:
+            await connected.execute("query-status")
+        done.set()
+        await asyncio.Event().wait()
+
+    done = asyncio.Event()
+    while not done.is_set():
+        moments += 1 + moments // 16  # the first ones one by one
+        with short_folder() as folder:
+            async with a_monitor_that_loses_clients(folder, losses):
+                task = asyncio.create_task(step(folder))
+                for _ in range(moments):
+                    await asyncio.sleep(0)
+                task.cancel()
+                await asyncio.wait({task}, timeout=LONG)
+                assert task.cancelled()
+        await until(lambda: open_descriptors() <= before)
+        await drain()
+    assert moments > 20
 
 
 async def test_a_second_client_is_told_in_time_that_it_hears_nothing(qemu: Script) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -11,13 +12,15 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 
-from common.errors import InvalidInput, NotFound, OutcomeUnknown, Reason, Unavailable, WrongState
+from common.errors import InvalidInput, NotFound, OutcomeUnknown, PlatformFailed, Reason, Unavailable, WrongState
 from host_agent.hypervisors.base import MachineId
+from host_agent.hypervisors.qemu import QemuMachine
 from host_agent.launches.launch import Failure, Launch
+from host_agent.launches.runner import StartRequest
 from host_agent.launches.state import LaunchState as S
 from tests.support.agent import (
     ALICE,
@@ -58,6 +61,25 @@ def somebody_else() -> Iterator[subprocess.Popen[bytes]]:
             yield process
         finally:
             process.kill()
+
+
+async def died_while_starting(tmp_path: Path, device: FakeDevice) -> tuple[Launch, Launch, StartRequest]:
+    """An agent dies while a machine does not greet: a guest that runs, that launch, and what was asked for it."""
+    first = Rig(tmp_path, device=device)
+    first.folders.open()
+    running = await first.up_to(S.RESUMED, guest="db")
+    first.script.set(mute="close")
+    order = first.order()
+
+    def dies(point: str, _launch_id: UUID, /) -> None:
+        if point == "start: machine released":
+            raise asyncio.CancelledError
+
+    first.custody.observe = dies
+    with pytest.raises(asyncio.CancelledError):
+        await first.runner.start(ALICE, order)
+    await first.leave()
+    return running, first.runner.get(ALICE, order.launch_id), order
 
 
 class TestRestart:
@@ -179,6 +201,59 @@ class TestRestart:
             assert second.now(launch).state is S.FAILED
             assert reason(second.now(launch)) is Reason.GUEST_NOT_PAUSED
             assert not alive(pid_of(launch))
+
+    async def test_a_machine_that_is_long_in_coming_keeps_only_its_own_callers_waiting(self, tmp_path: Path) -> None:
+        device = FakeDevice()
+        running, _, order = await died_while_starting(tmp_path, device)
+        async with asyncio.timeout(QUICK.start_timeout / 2), rig(tmp_path, device=device) as second:
+            assert second.runner.get(ALICE, order.launch_id).state is S.STARTING
+            assert (await second.runner.abort(ALICE, running.launch_id, uuid4())).state is S.STOPPED
+            with pytest.raises(WrongState, match="the guest has a launch"):
+                await second.runner.start(ALICE, second.order())
+            again = asyncio.create_task(second.runner.start(ALICE, order))
+            await second.supervisor.tick()
+            assert not again.done()
+            second.script.set()
+            assert (await again).state is S.PAUSED
+            assert len(second.script.started) == 2
+
+    async def test_a_machine_that_never_comes_up_after_a_restart_fails_its_launch(self, tmp_path: Path) -> None:
+        device = FakeDevice()
+        _, starting, order = await died_while_starting(tmp_path, device)
+        async with rig(tmp_path, device=device, settings=replace(QUICK, start_timeout=0.5)) as second:
+            with pytest.raises(PlatformFailed, match="did not greet"):
+                await second.runner.start(ALICE, order)
+            assert second.runner.get(ALICE, order.launch_id).state is S.FAILED
+            assert not alive(pid_of(starting))
+
+    async def test_an_agent_that_ends_while_a_machine_comes_up_leaves_it_to_the_next(self, tmp_path: Path) -> None:
+        device = FakeDevice()
+        _, _, order = await died_while_starting(tmp_path, device)
+        second = Rig(tmp_path, device=device)
+        second.folders.open()
+        await second.supervisor.recover()
+        await second.leave()
+        second.script.set()
+        async with rig(tmp_path, device=device) as third:
+            assert (await third.runner.start(ALICE, order)).state is S.PAUSED
+
+    async def test_a_defect_met_while_a_machine_comes_up_is_told_and_the_next_look_goes_on(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        device = FakeDevice()
+        _, _, order = await died_while_starting(tmp_path, device)
+
+        async def defect(_machine: object) -> None:
+            raise ZeroDivisionError
+
+        with monkeypatch.context() as patch:
+            patch.setattr(QemuMachine, "wait_ready", defect)
+            async with rig(tmp_path, device=device) as second:
+                await until(lambda: second.log.named("supervisor.defect"))
+                patch.undo()
+                second.script.set()
+                await second.supervisor.tick()
+                assert second.runner.get(ALICE, order.launch_id).state is S.PAUSED
 
     async def test_an_attested_guest_that_somebody_else_resumed_runs_on(self, tmp_path: Path) -> None:
         first = Rig(tmp_path)
