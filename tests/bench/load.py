@@ -14,6 +14,7 @@ import os
 import random
 import sys
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,7 +61,8 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     """One line on stdin.
 
     Attributes:
-        kind: `launch` (begin and release), `begin` alone, or `health`, which asks the service for nothing.
+        kind: `launch` is begin and release one after the other, as in life; `begin` and `release` are the halves, of
+            which the second releases what the first has begun; `health` asks the service for nothing.
         count: how many.
         at_once: how many are under way at the same time; with a rate, the most.
         rate: begin so many a second, at random moments; None for as soon as the one before has ended.
@@ -92,11 +94,21 @@ class _Load:
     pdh: ec.EllipticCurvePrivateKey
     launches: Any
     health: Any
+    begun: deque[tuple[Any, Any]] = field(default_factory=deque)
     begin_ms: list[float] = field(default_factory=list)
     release_ms: list[float] = field(default_factory=list)
 
     async def ask_health(self, _due: float) -> None:
         await next(self.health).Check(health_pb2.HealthCheckRequest(), timeout=_TIMEOUT_S)
+
+    async def launch(self, due: float) -> None:
+        await self.release(time.monotonic(), self.measured(*await self.begin(due)))
+
+    async def begin_half(self, due: float) -> None:
+        self.begun.append(await self.begin(due))
+
+    async def release_half(self, due: float) -> None:
+        await self.release(due, self.begun.popleft())
 
     async def begin(self, due: float) -> tuple[Any, Any]:
         stub = next(self.launches)
@@ -109,8 +121,8 @@ class _Load:
         self.begin_ms.append((time.monotonic() - due) * 1000)
         return stub, begun
 
-    async def launch(self, due: float) -> None:
-        stub, begun = await self.begin(due)
+    def measured(self, stub: Any, begun: Any) -> tuple[Any, Any]:
+        """What the host makes of the owner's answer: the request to release."""
         keys = firmware.open_channel(pdh_key=self.pdh, godh=begun.godh, session=begun.session, policy=begun.policy)
         nonce = os.urandom(16)
         measured = firmware.measure(keys.tik, _API, _BUILD, begun.policy, self.setting.digest, nonce)
@@ -120,13 +132,25 @@ class _Load:
             measurement=measured + nonce,
             firmware=platform_pb2.FirmwareVersion(api_major=_API[0], api_minor=_API[1], build=_BUILD),
         )
-        start = time.monotonic()
+        return stub, request
+
+    async def release(self, due: float, ready: tuple[Any, Any]) -> None:
+        stub, request = ready
         await stub.ReleaseSecret(request, timeout=_TIMEOUT_S)
-        self.release_ms.append((time.monotonic() - start) * 1000)
+        self.release_ms.append((time.monotonic() - due) * 1000)
 
     async def run(self, task: Task) -> Result:
         self.begin_ms, self.release_ms = [], []
-        step = {"launch": self.launch, "begin": self.begin, "health": self.ask_health}[task.kind]
+        steps: dict[str, Callable[[float], Awaitable[None]]] = {
+            "launch": self.launch,
+            "begin": self.begin_half,
+            "release": self.release_half,
+            "health": self.ask_health,
+        }
+        step = steps[task.kind]
+        if task.kind == "release":
+            # Before the clock starts: this is the hosts' work.
+            self.begun = deque(self.measured(*each) for each in self.begun)
         start = time.monotonic()
         if task.rate is None:
             await _closed(step, task)
@@ -136,7 +160,7 @@ class _Load:
         return Result(seconds=seconds, begin_ms=self.begin_ms, release_ms=self.release_ms)
 
 
-async def _closed(step: Callable[[float], Awaitable[object]], task: Task) -> None:
+async def _closed(step: Callable[[float], Awaitable[None]], task: Task) -> None:
     left = iter(range(task.count))
 
     async def one_after_the_other() -> None:
@@ -148,7 +172,7 @@ async def _closed(step: Callable[[float], Awaitable[object]], task: Task) -> Non
             group.create_task(one_after_the_other())
 
 
-async def _open(step: Callable[[float], Awaitable[object]], task: Task, rate: float) -> None:
+async def _open(step: Callable[[float], Awaitable[None]], task: Task, rate: float) -> None:
     """Arrivals that do not wait for answers: whoever does not keep up is seen not to."""
     slots = asyncio.Semaphore(task.at_once)
     due = time.monotonic()

@@ -285,7 +285,7 @@ class Releaser:
         if await self._commit(move) is not Outcome.DONE:
             return None
         self._d.on_step("release:stored")
-        return _released(replace(row, state=move.to, end_time=case.now, keys=None, audit_id=audit_id), packet)
+        return _released(replace(row, state=move.to, end_time=case.now), packet)
 
     async def _refuse(self, case: _Case, findings: Sequence[Finding], *, proven: bool) -> None:
         row, reason, firmware = case.row, findings[0].reason, case.request.firmware

@@ -70,7 +70,10 @@ class Secrets:
     async def _all(
         self, specs: Sequence[SecretSpec], question: Callable[[Asked[Any], Source], Awaitable[_T]]
     ) -> tuple[_T, ...]:
-        answers = await asyncio.gather(*(self._one(spec, question) for spec in specs))
+        if len(specs) == 1:
+            answers = [await self._one(specs[0], question)]
+        else:
+            answers = await asyncio.gather(*(self._one(spec, question) for spec in specs))
         good = []
         for answer in answers:
             if isinstance(answer, SevattestError):

@@ -5,8 +5,9 @@ thread and back, both wanting the interpreter, takes a multiple of that. What wa
 on the engine's own thread: commits, checkpoints, opening, closing, a file that another program has locked.
 
 Transactions that come while a commit is under way share the next one, each in a savepoint of its own: the disk is
-waited for once, and nobody is answered before. Where that commit does not come about, each of them is tried alone. A
-caller that is cancelled leaves no transaction open. Reading sees what was committed and nothing else.
+waited for once, and nobody is answered before. As long as they come like that, each commit waits some milliseconds for
+more. Where a common commit does not come about, each of them is tried alone. A caller that is cancelled leaves no
+transaction open. Reading sees what was committed and nothing else.
 
 Whatever SQLite raises becomes `Unavailable(STORE_UNAVAILABLE)` after a rollback, and the connections are made anew for
 the next call: a disk that has space again, or is writable again, needs no restart.
@@ -31,6 +32,9 @@ from verifier.store import sqlite_file
 from verifier.store.engine import Row, T, Transaction, Value, no_step, unavailable
 
 TOGETHER_MAX = 64  # transactions in one commit, so that the first does not wait long for the last
+# A commit costs as much as two launches' statements, so under load it is worth a little waiting; a caller that is alone
+# never waits.
+COMPANY_S = 0.005
 
 
 class SqliteTransaction:
@@ -125,6 +129,7 @@ class SqliteEngine:
         self._turn = asyncio.Lock()  # whose turn it is to use the connection that writes
         self._waiting: list[_Write[Any]] = []
         self._committing: asyncio.Task[None] | None = None
+        self._company = False  # whether the last commit was shared, or somebody waited for its end
         self._lock: sqlite_file.FolderLock | None = None
         self._inode = (0, 0)
 
@@ -163,10 +168,14 @@ class SqliteEngine:
         """See `Engine`."""
         try:
             self._still_there()
-            return work(SqliteTransaction(self._to_read()))
+            # The connection that writes knows what it has just written; the other one would have to read it again.
+            return work(SqliteTransaction(self._to_read() if self._turn.locked() else self._to_write()))
         except (sqlite3.Error, OSError) as error:
-            _close(self._reader)
-            self._reader = None
+            if self._turn.locked():
+                _close(self._reader)
+                self._reader = None
+            else:
+                self._disconnect()
             raise sqlite_file.store_unavailable(error, "be read") from error
 
     async def write(self, name: str, work: Callable[[Transaction], T]) -> T:
@@ -196,6 +205,8 @@ class SqliteEngine:
     async def _commit_waiting(self) -> None:
         """Carry out all transactions that wait, and those that come meanwhile: in one commit, or else each alone."""
         while self._waiting:
+            if self._company and len(self._waiting) < TOGETHER_MAX:
+                await asyncio.sleep(COMPANY_S)
             writes, self._waiting = self._waiting[:TOGETHER_MAX], self._waiting[TOGETHER_MAX:]
             try:
                 async with self._turn:
@@ -208,6 +219,7 @@ class SqliteEngine:
                     each.error = error
             for each in writes:
                 each.answer()
+            self._company = len(writes) + len(self._waiting) > 1
         self._committing = None
 
     async def _commit(self, writes: Sequence[_Write[Any]]) -> bool:

@@ -6,6 +6,8 @@ Settings, with what each is for (https://sqlite.org/pragma.html):
     secure_delete=ON     erased keys are overwritten, not just forgotten
     foreign_keys=ON      a launch without its terms or platform cannot be written
     trusted_schema=OFF   a doctored schema runs no functions
+    temp_store=MEMORY    what a savepoint keeps to go back by needs no file
+    cache_size           16 MiB: what launches under way need is not read again
 The file is 0600 in a 0700 folder; SQLite gives its -wal and -shm files the same mode. An advisory lock on a file of its
 own keeps a second process out: replicas need a store made for them, and WAL does not work over network file systems.
 """
@@ -34,6 +36,8 @@ _PRAGMAS = (
     "PRAGMA secure_delete=ON",
     "PRAGMA foreign_keys=ON",
     "PRAGMA trusted_schema=OFF",
+    "PRAGMA temp_store=MEMORY",
+    "PRAGMA cache_size=-16384",
 )
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import sha256
 from typing import Protocol, Self
 
@@ -172,7 +173,7 @@ class SevCertificate:
         """The 1044 bytes that signatures cover."""
         return self.raw[:SEV_CERT_BODY_SIZE]
 
-    @property
+    @cached_property
     def fingerprint(self) -> bytes:
         """SHA-256 of the body (32 bytes): the same with and without signatures."""
         return sha256(self.body).digest()
@@ -213,7 +214,19 @@ def encode(
     x, y = point.x.to_bytes(_SCALAR_SIZE, "little"), point.y.to_bytes(_SCALAR_SIZE, "little")
     head = _HEAD.pack(1, api_major, api_minor, 0, usage, algo, CURVE_P384, x, y)
     empty = _SLOT.pack(*_EMPTY, bytes(SEV_SIGNATURE_SIZE))
-    return SevCertificate.parse(head.ljust(SEV_CERT_BODY_SIZE, b"\0") + empty + empty)
+    raw = head.ljust(SEV_CERT_BODY_SIZE, b"\0") + empty + empty
+    # As `parse` would have it, without proving once more that a key lies on its curve.
+    return SevCertificate(
+        raw=raw,
+        version=1,
+        api_major=api_major,
+        api_minor=api_minor,
+        usage=usage,
+        algo=algo,
+        public_key=public_key,
+        slots=(_parse_slot(usage, raw, 1)[0], _parse_slot(usage, raw, 2)[0]),
+        warnings=(),
+    )
 
 
 def add_ecdsa_signature(cert: SevCertificate, *, usage: Usage, key: ec.EllipticCurvePrivateKey) -> SevCertificate:

@@ -21,8 +21,9 @@ CREATE TABLE platform (
   chain       BLOB NOT NULL CHECK (length(chain) = 8336)
 ) STRICT;
 
+-- With a rowid: rows are long, and their ids random; so new ones stand together.
 CREATE TABLE launch (
-  launch_id        TEXT PRIMARY KEY,
+  launch_id        TEXT NOT NULL PRIMARY KEY,
   caller           TEXT NOT NULL,
   state            TEXT NOT NULL CHECK (state IN ('open', 'released', 'refused', 'abandoned', 'expired')),
   reason           TEXT,
@@ -57,7 +58,7 @@ CREATE TABLE launch (
   CHECK ((tek IS NULL) = (tik IS NULL)),
   CHECK (state = 'released' OR (packet_header IS NULL AND packet_payload IS NULL AND receipt IS NULL)),
   CHECK ((state = 'open') = (end_time IS NULL))
-) STRICT, WITHOUT ROWID;
+) STRICT;
 
 CREATE INDEX launch_by_age ON launch (create_time, launch_id);
 CREATE INDEX launch_by_grant ON launch (grant_name, create_time) WHERE grant_name IS NOT NULL;
