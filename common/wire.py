@@ -8,7 +8,7 @@ Protobuf has already bounded types: a string is UTF-8, a uint32 is 0 to 2^32-1.
 from __future__ import annotations
 
 import re
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 from uuid import UUID
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}\Z")
 _PREFIX = "REASON_"
 _BYTE_MAX = 0xFF
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_DAY_S = 86_400
 
 PAGE_DEFAULT = 100
 PAGE_MAX = 500
@@ -127,9 +129,8 @@ def timestamp(time: datetime) -> Timestamp:
     """The message for a time, which must know its zone."""
     if time.tzinfo is None:
         raise ValueError("a time without a zone")
-    message = Timestamp()
-    message.FromDatetime(time)
-    return message
+    since = time - _EPOCH
+    return Timestamp(seconds=since.days * _DAY_S + since.seconds, nanos=since.microseconds * 1000)
 
 
 def reason_to_proto(reason: Reason | None) -> reason_pb2.Reason.ValueType:

@@ -23,6 +23,7 @@ HASH_SIZE = 32
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 _NUMBER_SIZE = 8
+_CANONICAL = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"), sort_keys=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +95,7 @@ def canonical_json(fields: Mapping[str, object]) -> bytes:
     Raises:
         ValueError: they hold half a surrogate pair, which no UTF-8 has.
     """
-    return json.dumps(fields, ensure_ascii=False, allow_nan=False, separators=(",", ":"), sort_keys=True).encode()
+    return _CANONICAL.encode(fields).encode()
 
 
 def record_hash(previous: bytes, number: int, fields: Mapping[str, object]) -> bytes:

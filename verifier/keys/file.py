@@ -8,15 +8,14 @@ can move no blob to another row, column or format.
 
 from __future__ import annotations
 
+import hmac
 import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
 
 from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from common.errors import InvalidInput, Reason, Unavailable
 
@@ -25,6 +24,7 @@ KEY_ID_SIZE = 8
 _VERSION = 1
 _NONCE_SIZE = 12
 _TAG_SIZE = 16
+_HASH_SIZE = 32
 _HEADER_SIZE = 1 + KEY_ID_SIZE + _NONCE_SIZE
 
 
@@ -43,7 +43,8 @@ class FileKey:
             )
         if not any(kek):
             raise InvalidInput(Reason.INVALID_CONFIGURATION, "key_file: is all zero", hint=_HINT)
-        self._kek = kek
+        # HKDF (RFC 5869) begins with the same step for all places: without a salt, an HMAC under zeros.
+        self._extracted = hmac.digest(bytes(_HASH_SIZE), kek, "sha256")
         self._random = random
         self._key_id = self._derive(b"sevattest key id")[:KEY_ID_SIZE]
 
@@ -56,7 +57,8 @@ class FileKey:
         return f"FileKey({self._key_id.hex()}, redacted)"
 
     def _derive(self, info: bytes) -> bytes:
-        return HKDF(algorithm=hashes.SHA256(), length=32, salt=None, info=info).derive(self._kek)
+        """HKDF-SHA-256(KEK, info), the one block of 32 bytes."""
+        return hmac.digest(self._extracted, info + b"\1", "sha256")
 
     def _place(self, place: bytes) -> tuple[AESGCM, bytes]:
         return (

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import json
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
@@ -48,7 +48,7 @@ class Signer:
             typ: what kind of token it is, for its header.
         """
         header = {"alg": ALGORITHM, "kid": self._kid, "typ": typ}
-        text = ".".join(base64url(_json(part)) for part in (header, claims))
+        text = ".".join(base64url(msgspec.json.encode(part)) for part in (header, claims))
         r, s = decode_dss_signature(self._key.sign(text.encode("ascii"), ec.ECDSA(hashes.SHA256())))
         signature = r.to_bytes(COORDINATE_SIZE, "big") + s.to_bytes(COORDINATE_SIZE, "big")
         return f"{text}.{base64url(signature)}"
@@ -80,7 +80,3 @@ class Pseudonyms:
     def of(self, value: str) -> str:
         """`chip:` and 32 hex digits: HMAC-SHA-256 of a chip's id or fingerprint, the first 16 bytes."""
         return "chip:" + hmac.new(self._key, value.encode(), hashlib.sha256).digest()[:_PSEUDONYM_SIZE].hex()
-
-
-def _json(value: Mapping[str, Any]) -> bytes:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()

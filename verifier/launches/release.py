@@ -47,7 +47,7 @@ from verifier.launches import ledger
 from verifier.launches.broker import JUDGED_MAX
 from verifier.launches.dependencies import Dependencies, changing, refusal, refusal_for
 from verifier.launches.gather import launch_evidence, standing_evidence
-from verifier.launches.launch import Released, ReleaseRequest, view
+from verifier.launches.launch import Launch, Released, ReleaseRequest, view
 from verifier.launches.records import AuditEvent
 from verifier.launches.state import Event, State, after, ended
 from verifier.launches.steps import (
@@ -166,7 +166,7 @@ class Releaser:
             self._d.time.stored(now)
             self._d.records.log(audit)
             raise refusal_for(findings, audit.audit_id)
-        return _released(row, row.packet)
+        return _released(view(row), row.packet)
 
     async def _case(
         self, request: ReleaseRequest, *, key: RequestKey, content: bytes, row: LaunchRow, known: Known, now: datetime
@@ -285,7 +285,7 @@ class Releaser:
         if await self._commit(move) is not Outcome.DONE:
             return None
         self._d.on_step("release:stored")
-        return _released(replace(row, state=move.to, end_time=case.now), packet)
+        return _released(replace(view(row), state=State.RELEASED, end_time=case.now), packet)
 
     async def _refuse(self, case: _Case, findings: Sequence[Finding], *, proven: bool) -> None:
         row, reason, firmware = case.row, findings[0].reason, case.request.firmware
@@ -404,8 +404,8 @@ class Releaser:
         }
 
 
-def _released(row: LaunchRow, packet: Packet) -> Released:
-    return Released(launch=view(row), header=packet.header, payload=packet.payload, receipt=packet.receipt)
+def _released(launch: Launch, packet: Packet) -> Released:
+    return Released(launch=launch, header=packet.header, payload=packet.payload, receipt=packet.receipt)
 
 
 def _shape(terms: Terms, reference: Reference) -> dict[str, Any]:

@@ -9,7 +9,6 @@ import errno
 import os
 import stat
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeVar
 
 from common.sev.abi import PACKET_MAX_SIZE
@@ -31,20 +30,20 @@ class FileSecrets:
         return _asked(_read, source)
 
 
-def _asked(ask: Callable[[Path], _T], source: FileSource) -> _T:
+def _asked(ask: Callable[[str], _T], source: FileSource) -> _T:
     try:
-        return ask(Path(source.path))
+        return ask(source.path)
     except OSError as error:
         raise no_answer((error.strerror or "cannot be read").lower()) from error
 
 
-def _size(path: Path) -> int:
-    status = path.stat()
+def _size(path: str) -> int:
+    status = os.stat(path)  # noqa: PTH116 -- a path that was checked; this is done for each launch
     _require_content(status)
     return status.st_size
 
 
-def _read(path: Path) -> bytes:
+def _read(path: str) -> bytes:
     # O_NONBLOCK: a pipe in the file's place must not hold everybody up.
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:

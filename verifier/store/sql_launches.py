@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import datetime
 from uuid import UUID
 
@@ -48,8 +47,6 @@ class Launches(OverEngine):
             if row is None:
                 raise ValueError("the schema begins with a head and a revision")
             time, revision, content, opened = row
-            request = None if content is None else RequestRow(key=key, content=content, launch_id=UUID(opened))
-            known = Known(time=None if time is None else time_of(time), revision=revision, request=request)
             found = None
             if launch_id is not None:
                 found = transaction.row(
@@ -57,10 +54,12 @@ class Launches(OverEngine):
                     "FROM launch LEFT JOIN pdh USING (pdh_fingerprint) WHERE launch_id=?",
                     str(launch_id),
                 )
-            if found is None:
-                return known
-            return replace(
-                known, launch=launch_of(found[3:]), pdh_oldest=None if found[0] is None else (found[0], *found[1:3])
+            return Known(
+                time=None if time is None else time_of(time),
+                revision=revision,
+                request=None if content is None else RequestRow(key=key, content=content, launch_id=UUID(opened)),
+                launch=None if found is None else launch_of(found[3:]),
+                pdh_oldest=None if found is None or found[0] is None else found[:3],
             )
 
         return await self._engine.read(work)
