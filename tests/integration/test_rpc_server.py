@@ -7,7 +7,7 @@ import contextlib
 import socket
 import ssl
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -407,20 +407,26 @@ async def test_a_step_that_has_begun_runs_to_its_end_although_the_caller_has_gon
 
 
 async def test_a_step_that_fails_after_its_caller_has_gone_is_in_the_log(site: Site) -> None:
-    begun, may_end = asyncio.Event(), asyncio.Event()
+    may_end = asyncio.Event()
+    calls: list[asyncio.Task[Any]] = []
 
     async def commit() -> pb.AbortLaunchResponse:
-        begun.set()
         await may_end.wait()
         raise OSError(28, "No space left on device")
 
-    site.agent.behaviour = lambda _request: shielded(commit())
+    def step(_request: object) -> Coroutine[Any, Any, pb.AbortLaunchResponse]:
+        call = asyncio.current_task()
+        assert call is not None
+        calls.append(call)
+        return shielded(commit())
+
+    site.agent.behaviour = step
     async with site.client() as channel:
         # On a loaded machine a short call may end before it reaches the server.
-        for _ in range(50):
+        while not calls:
             await site.failure(channel, timeout=0.2, mutating=True)
-            if begun.is_set():
-                break
+        # The step must not fail before the server knows that nobody waits for it.
+        await _until(lambda: calls[0].cancelling() > 0)
         may_end.set()
         await _until(lambda: bool(site.log.named("rpc.step_failed")))
     assert isinstance(site.log.named("rpc.step_failed")[0].fields["error"], OSError)

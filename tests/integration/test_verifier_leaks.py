@@ -432,7 +432,7 @@ def test_another_process_of_the_same_user_cannot_read_the_verifiers_memory() -> 
         if under:
             for path in (folder, *folder.rglob("*")):
                 os.chown(path, NOBODY, NOBODY)
-        with site.serve(under=under) as serving:
+        with site.serve(as_nobody=bool(under)) as serving:
             pid = serving.process.pid
             user = NOBODY if under else os.getuid()
             assert f"Uid:\t{user}\t".encode() in proc(pid, "status")

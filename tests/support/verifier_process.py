@@ -123,7 +123,12 @@ extra_roots = ["ask_ark.cert"]
         return verifier_service_pb2_grpc.VerifierServiceStub(channel)
 
     def serve(
-        self, *, die_at: str | None = None, environ: Mapping[str, str] | None = None, under: Sequence[str] = ()
+        self,
+        *,
+        die_at: str | None = None,
+        environ: Mapping[str, str] | None = None,
+        under: Sequence[str] = (),
+        as_nobody: bool = False,
     ) -> ServingVerifier:
         """Start the program, and return when it serves.
 
@@ -131,10 +136,13 @@ extra_roots = ["ask_ark.cert"]
             die_at: the step at which it kills itself.
             environ: more of the environment, where settings can be overridden.
             under: a command that becomes the program.
+            as_nobody: as a user without privileges, if we are root.
         """
         words = [*under, sys.executable, "-m", "verifier.cli", "serve", "--config", str(self.config)]
         if die_at is not None:
             words = [*under, sys.executable, "-m", "tests.support.verifier_process", str(self.config), die_at]
+        elif as_nobody:
+            words = [*under, sys.executable, "-m", "tests.support.verifier_of_nobody", str(self.config)]
         log = self.folder / "log"
         with log.open("ab") as errors:
             process = subprocess.Popen(

@@ -140,7 +140,8 @@ async def test_a_dishonest_monitor_ends_in_a_typed_error_and_the_connection_is_n
 ) -> None:
     qemu.set(on={command: [action]})
     limit = SHORT if action["do"] in {"silence", "wrong_id", "text"} else LONG
-    async with session(qemu, limit) as connected:
+    async with session(qemu) as connected:
+        connected._limit = limit
         with pytest.raises(kind):
             await connected.execute(command)
         with pytest.raises(ValueError, match="not used again"):
