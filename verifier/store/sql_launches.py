@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from datetime import datetime
 from uuid import UUID
 
-from verifier.store.engine import Transaction, unavailable
+from common.errors import Unavailable
+from verifier.store.engine import Engine, Transaction, unavailable
 from verifier.store.rows import (
     Known,
     LaunchFilter,
@@ -23,11 +24,18 @@ from verifier.store.rows import (
 from verifier.store.sql_common import Decided, OverEngine, append, locked_revision
 from verifier.store.sql_rows import LAUNCH_COLUMNS, firmware_text, key_cells, launch_of, stamp, time_of
 
+_SHARED_MAX = 10_000  # ids of 32 bytes that are remembered
 _FOREVER = 2**63 - 1  # the latest time that can be stored
 
 
 class Launches(OverEngine):
     """The part of `Store` that keeps launches, their requests, and the ledgers of grants."""
+
+    def __init__(self, engine: Engine) -> None:
+        """Take the engine."""
+        super().__init__(engine)
+        # Ids of terms and platforms that are in the database: they are never removed from it, and long to send again.
+        self._shared: set[bytes] = set()
 
     async def last_time(self) -> datetime | None:
         """See `Store`."""
@@ -170,10 +178,20 @@ class Launches(OverEngine):
                 raise Decided(Outcome.CAP_REACHED)
             if spending is not None:
                 spend(transaction, spending)
-            _insert(transaction, opening)
+            _insert(transaction, opening, shared=not shared <= self._shared)
             append(transaction, opening.audit)
 
-        return await self._decide("open", work)
+        shared = {launch.terms_id, launch.platform_id}
+        try:
+            outcome = await self._decide("open", work)
+        except Unavailable:
+            self._shared.clear()  # perhaps a server took over that never had them
+            raise
+        if outcome is Outcome.DONE:
+            if len(self._shared) > _SHARED_MAX:
+                self._shared.clear()
+            self._shared |= shared
+        return outcome
 
     async def move(self, move: Move) -> Outcome:
         """See `Store`."""
@@ -251,17 +269,19 @@ def _keep_ledger(transaction: Transaction, grant: str, before: LedgerRow, after:
         )
 
 
-def _insert(transaction: Transaction, opening: Opening) -> None:
+def _insert(transaction: Transaction, opening: Opening, *, shared: bool) -> None:
+    """Write a launch, and before it what it shares with others, unless that is known to be there."""
     launch = opening.launch
     if launch.keys is None:
         raise ValueError("an open launch has keys")
-    transaction.change(
-        "INSERT INTO terms (terms_id, body) VALUES (?, ?) ON CONFLICT DO NOTHING", launch.terms_id, opening.terms
-    )
-    transaction.change(
-        "INSERT INTO platform (platform_id, chain) VALUES (?, ?) ON CONFLICT DO NOTHING",
-        *(launch.platform_id, opening.chain),
-    )
+    if shared:
+        transaction.change(
+            "INSERT INTO terms (terms_id, body) VALUES (?, ?) ON CONFLICT DO NOTHING", launch.terms_id, opening.terms
+        )
+        transaction.change(
+            "INSERT INTO platform (platform_id, chain) VALUES (?, ?) ON CONFLICT DO NOTHING",
+            *(launch.platform_id, opening.chain),
+        )
     transaction.change(
         "INSERT INTO launch (launch_id, caller, state, workload, workload_version, terms_id, platform_id, generation, "
         "fingerprint, policy, godh, session, pdh_fingerprint, tek, tik, create_time, expire_time, grant_name, chip_id, "

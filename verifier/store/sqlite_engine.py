@@ -34,7 +34,7 @@ from verifier.store.engine import Row, T, Transaction, Value, no_step, unavailab
 TOGETHER_MAX = 64  # transactions in one commit, so that the first does not wait long for the last
 # A commit costs as much as two launches' statements, so under load it is worth a little waiting; a caller that is alone
 # never waits.
-COMPANY_S = 0.005
+COMPANY_S = 0.01
 
 
 class SqliteTransaction:

@@ -26,6 +26,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from common.errors import InvalidInput, Reason
 from common.sev.abi import CURVE_P384, SEV_CERT_BODY_SIZE, SEV_CERT_SIZE, SEV_SIGNATURE_SIZE, Algo, Usage
@@ -39,6 +40,7 @@ P384_ORDER = int(
 
 _HEAD = struct.Struct("<IBBHIII72s72s")  # up to the end of y
 _SLOT = struct.Struct(f"<II{SEV_SIGNATURE_SIZE}s")
+_COORDINATE_SIZE = 48
 _SCALAR_SIZE = 72  # a P-384 number, little-endian, the upper 24 bytes zero
 _SLOTS = (SEV_CERT_BODY_SIZE, SEV_CERT_BODY_SIZE + _SLOT.size)
 
@@ -60,6 +62,7 @@ _SIGNERS = frozenset(
     }
 )
 _EMPTY = (Usage.NONE, Algo.NONE)
+_NO_SIGNATURES = 2 * _SLOT.pack(*_EMPTY, bytes(SEV_SIGNATURE_SIZE))
 # AMD's key service wrote this into the second slot of some CEKs in 2019 (AMDESE/AMDSEV issue 18).
 _MISWRITTEN_EMPTY_USAGE = 0x0010
 # `sevctl generate` (0.6.2) leaves what was in its memory there, and platforms in use have such an OCA. Its signature
@@ -103,6 +106,9 @@ class Slot:
     def is_empty(self) -> bool:
         """Whether no signature is here."""
         return self.algo == Algo.NONE
+
+
+_EMPTY_SLOT = Slot(usage=Usage.NONE, algo=Algo.NONE, signature=bytes(SEV_SIGNATURE_SIZE))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,21 +216,20 @@ def encode(
         raise InvalidInput(Reason.INVALID_ARGUMENT, f"there is no {usage.name} certificate for such a key")
     if not (0 <= api_major <= 0xFF and 0 <= api_minor <= 0xFF):
         raise InvalidInput(Reason.INVALID_ARGUMENT, "API numbers are 0 to 255")
-    point = public_key.public_numbers()
-    x, y = point.x.to_bytes(_SCALAR_SIZE, "little"), point.y.to_bytes(_SCALAR_SIZE, "little")
-    head = _HEAD.pack(1, api_major, api_minor, 0, usage, algo, CURVE_P384, x, y)
-    empty = _SLOT.pack(*_EMPTY, bytes(SEV_SIGNATURE_SIZE))
-    raw = head.ljust(SEV_CERT_BODY_SIZE, b"\0") + empty + empty
+    # 04 ‖ x ‖ y (SEC 1 section 2.3.3), both big-endian.
+    point = public_key.public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)[1:]
+    x, y = point[:_COORDINATE_SIZE], point[_COORDINATE_SIZE:]
+    head = _HEAD.pack(1, api_major, api_minor, 0, usage, algo, CURVE_P384, x[::-1], y[::-1])
     # As `parse` would have it, without proving once more that a key lies on its curve.
     return SevCertificate(
-        raw=raw,
+        raw=head.ljust(SEV_CERT_BODY_SIZE, b"\0") + _NO_SIGNATURES,
         version=1,
         api_major=api_major,
         api_minor=api_minor,
         usage=usage,
         algo=algo,
         public_key=public_key,
-        slots=(_parse_slot(usage, raw, 1)[0], _parse_slot(usage, raw, 2)[0]),
+        slots=(_EMPTY_SLOT, _EMPTY_SLOT),
         warnings=(),
     )
 
