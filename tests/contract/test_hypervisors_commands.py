@@ -14,9 +14,9 @@ import pytest
 from host_agent.hypervisors.base import Hypervisor
 from host_agent.hypervisors.monitored import QemuSettings
 from host_agent.launches.state import LaunchState as S
-from tests.support.agent import ALICE, FakeDevice, alive
+from tests.support.agent import ALICE, QUICK, FakeDevice, alive
 from tests.support.eventually import until
-from tests.support.plays import SOON, Play, agent, play
+from tests.support.plays import Play, agent, play
 from tests.support.stages import STAGES, AttachStage, CommandStage
 
 # The command starts the machine, then a daemon that leaves its session as the machine does, and stays.
@@ -51,7 +51,7 @@ class StayingStage(CommandStage):
 async def resumed(monkeypatch: pytest.MonkeyPatch, device: FakeDevice) -> AsyncIterator[tuple[Play, StayingStage]]:
     """A guest that runs, and beside it the command and the daemon."""
     monkeypatch.setitem(STAGES, "attach-staying", StayingStage)
-    async with play("attach-staying", monkeypatch, device=device, settings=SOON) as act:
+    async with play("attach-staying", monkeypatch, device=device, settings=QUICK) as act:
         stage = act.stage
         assert isinstance(stage, StayingStage)
         await act.up_to(S.RESUMED)
@@ -76,7 +76,7 @@ async def test_a_command_that_stays_ends_with_its_machine(*, restarts: bool, mon
         if restarts:
             launch_id = act.launch.launch_id
             await act.rig.leave()
-            async with agent(stage, device=device, settings=SOON) as second:
+            async with agent(stage, device=device, settings=QUICK) as second:
                 assert alive(command)
                 assert (await second.runner.abort(ALICE, launch_id, uuid4())).state is S.STOPPED
             act.rig.ledger._launches.clear()
@@ -96,7 +96,7 @@ async def test_a_command_whose_machine_ended_while_the_agent_was_dead_ends_when_
         await act.rig.leave()
         os.kill(machine, signal.SIGKILL)
         await until(lambda: not alive(machine))
-        async with agent(stage, device=device, settings=SOON) as second:
+        async with agent(stage, device=device, settings=QUICK) as second:
             [launch] = second.runner.launches(ALICE)
             assert launch.state is S.STOPPED
             assert not alive(command)
@@ -112,20 +112,20 @@ async def test_a_command_of_an_agent_that_died_while_its_machine_came_up_is_reme
 
     device = FakeDevice()
     monkeypatch.setitem(STAGES, "attach-staying", StayingStage)
-    async with play("attach-staying", monkeypatch, device=device, settings=SOON) as act:
+    async with play("attach-staying", monkeypatch, device=device, settings=QUICK) as act:
         stage = act.stage
         assert isinstance(stage, StayingStage)
         act.rig.custody.observe = stop_there
         with suppress(asyncio.CancelledError):
             await act.start()
         await act.rig.leave()
-        async with agent(stage, device=device, settings=SOON) as second:
+        async with agent(stage, device=device, settings=QUICK) as second:
             [launch] = second.runner.launches(ALICE)
             await second.until(launch, S.PAUSED)
             await until((stage.root / "note").exists)
         command, daemon = stage.pids
         try:
-            async with agent(stage, device=device, settings=SOON) as third:
+            async with agent(stage, device=device, settings=QUICK) as third:
                 assert alive(command)
                 await third.runner.abort(ALICE, launch.launch_id, uuid4())
                 assert not alive(command)
@@ -137,7 +137,7 @@ async def test_a_command_of_an_agent_that_died_while_its_machine_came_up_is_reme
 async def test_a_machine_that_nobody_of_ours_started_has_no_session_that_is_swept(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    async with play("attach", monkeypatch, settings=SOON) as act:
+    async with play("attach", monkeypatch, settings=QUICK) as act:
         assert isinstance(act.stage, AttachStage)
         launch = await act.up_to(S.PAUSED)
         assert launch.machine is not None
