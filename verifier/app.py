@@ -9,6 +9,7 @@ nor does a bad configuration keep documents out.
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 from collections.abc import Callable, Coroutine, Mapping
@@ -40,6 +41,7 @@ from verifier.library.documents import Documents
 from verifier.library.library import Library
 
 GRACE_S = 15.0
+_GC_THRESHOLD = 10_000  # new objects between two looks: some twenty launches
 # Decisions wait for it when an owner revokes chips by their ids.
 RESOLVE_WITHIN_S = 5.0
 
@@ -365,6 +367,9 @@ class App:
         # From the first moment on: the default for SIGHUP is to die of it.
         loop.add_signal_handler(signal.SIGHUP, lambda: self._spawn(self.reload()))
         addresses = await self.start()
+        # What start has made stays: the collector need not look at it again, nor after every few hundred new objects.
+        gc.freeze()
+        gc.set_threshold(_GC_THRESHOLD)
         try:
             announce(addresses)
             await stopping.wait()

@@ -227,16 +227,19 @@ class Gatekeeper(grpc.aio.ServerInterceptor):
 
     @contextmanager
     def _counted(self, who: Identity) -> Iterator[None]:
-        if self._in_flight[who] >= self._limits.in_flight:
+        under_way = self._in_flight[who]
+        if under_way >= self._limits.in_flight:
             raise LimitExceeded(
                 Reason.TOO_MANY_REQUESTS, f"more than {self._limits.in_flight} calls of {who} are under way"
             )
-        self._in_flight[who] += 1
+        self._in_flight[who] = under_way + 1
         try:
             yield
         finally:
-            self._in_flight[who] -= 1
-            if not self._in_flight[who]:
+            left = self._in_flight[who] - 1
+            if left:
+                self._in_flight[who] = left
+            else:
                 del self._in_flight[who]
 
     def _log_call(self, method: str, who: Identity | None, outcome: str, began: float, **fields: object) -> None:

@@ -1,7 +1,8 @@
 """`make bench`: ours against the unavoidable, or against another program, measured side by side.
 
 Absolute times say more about the machine than about the code; the ratio of two things that take turns in one run does
-not. Each row is the median of the pairs' ratios, with the smallest and largest beside it.
+not. Each row of the first table is the median of the pairs' ratios, with the smallest and largest beside it; the second
+table is `tests.bench.serving`'s.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from common.sev.digest.vmsa import Flavour
 from common.sev.policy import GuestPolicy
 from common.sev.session import LaunchKeys, open_session
 from emulator.firmware_image import write_image
+from tests.bench.serving import report
 from tests.support.chains import make_platform, p384
 
 _CHUNK = 1 << 20
@@ -174,25 +176,33 @@ def _peak(size: int, folder: Path) -> int:
     return int(done.stdout)
 
 
+def _pairs(folder: Path) -> None:
+    print(f"{'ours':<42} {'against':<44} {'median':>7} {'min':>7} {'max':>7} {'ours, ms':>9}")
+    for row in (_chain_row(), _session_row(), _initrd_row(folder), _digest_row(folder)):
+        row.ours()
+        row.other()
+        pairs = [(_seconds(row.ours), _seconds(row.other)) for _ in range(row.pairs)]
+        ratios = [ours / other for ours, other in pairs]
+        milliseconds = statistics.median(ours for ours, _ in pairs) * 1000
+        print(
+            f"{row.name:<42} {row.yardstick:<44} {statistics.median(ratios):>7.2f} {min(ratios):>7.2f} "
+            f"{max(ratios):>7.2f} {milliseconds:>9.2f}"
+        )
+    small, large = _peak(16 << 20, folder), _peak(1 << 30, folder)
+    print(f"{'peak memory: hash 1 GiB':<42} {'hash 16 MiB':<44} {large / small:>7.2f}")
+
+
 def main() -> int:
     """Print the table; 0."""
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
-    parser.parse_args()
+    parser.add_argument("--only", choices=("pairs", "serving"), help="measure only this")
+    only = parser.parse_args().only
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        print(f"{'ours':<42} {'against':<44} {'median':>7} {'min':>7} {'max':>7} {'ours, ms':>9}")
-        for row in (_chain_row(), _session_row(), _initrd_row(folder), _digest_row(folder)):
-            row.ours()
-            row.other()
-            pairs = [(_seconds(row.ours), _seconds(row.other)) for _ in range(row.pairs)]
-            ratios = [ours / other for ours, other in pairs]
-            milliseconds = statistics.median(ours for ours, _ in pairs) * 1000
-            print(
-                f"{row.name:<42} {row.yardstick:<44} {statistics.median(ratios):>7.2f} {min(ratios):>7.2f} "
-                f"{max(ratios):>7.2f} {milliseconds:>9.2f}"
-            )
-        small, large = _peak(16 << 20, folder), _peak(1 << 30, folder)
-        print(f"{'peak memory: hash 1 GiB':<42} {'hash 16 MiB':<44} {large / small:>7.2f}")
+        if only != "serving":
+            _pairs(folder)
+        if only != "pairs":
+            report(folder)
     return 0
 
 

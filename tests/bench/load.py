@@ -102,7 +102,8 @@ class _Load:
         await next(self.health).Check(health_pb2.HealthCheckRequest(), timeout=_TIMEOUT_S)
 
     async def launch(self, due: float) -> None:
-        await self.release(time.monotonic(), self.measured(*await self.begin(due)))
+        ready = self.measured(*await self.begin(due))
+        await self.release(time.monotonic(), ready)
 
     async def begin_half(self, due: float) -> None:
         self.begun.append(await self.begin(due))

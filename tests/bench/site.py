@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import select
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from common.rpc.identity import Role
 from tests.bench.load import Result, Setting, Task
-from tests.bench.proc import Bound, cpu_seconds
+from tests.bench.proc import Bound, cpu_seconds, resident_bytes
+from tests.bench.watched import Seen
 from tests.support.documents import workload as document
 from tests.support.pki import DATACENTER_DOMAIN
 from tests.support.verifier_process import ServingVerifier, VerifierSite
@@ -52,9 +54,25 @@ class Site:
 
     workers: Sequence[ServingVerifier]
     load: subprocess.Popen[str]
+    seen_files: Sequence[Path]
 
     def _cpu(self) -> float:
         return sum(cpu_seconds(worker.process.pid) for worker in self.workers)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send all workers a signal."""
+        for worker in self.workers:
+            worker.process.send_signal(number)
+
+    def resident(self) -> int:
+        """Memory of all workers, bytes."""
+        return sum(resident_bytes(worker.process.pid) for worker in self.workers)
+
+    def end(self) -> list[Seen]:
+        """Stop the workers; what each saw of itself."""
+        for worker in self.workers:
+            worker.stop()
+        return [msgspec.json.decode(path.read_bytes(), type=Seen) for path in self.seen_files]
 
     def run(self, kind: str, count: int, at_once: int, rate: float | None = None) -> Window:
         """Have the load generator do one task."""
@@ -81,12 +99,14 @@ def make_site(folder: Path, dsn: str | None) -> VerifierSite:
 
 
 @contextlib.contextmanager
-def serving(site: VerifierSite, workers: int, under: Sequence[str] = ()) -> Iterator[Site]:
-    """Start workers and the load generator; all are gone afterwards."""
+def serving(site: VerifierSite, workers: int) -> Iterator[Site]:
+    """Start workers, which watch themselves, and the load generator; all are gone afterwards."""
     with contextlib.ExitStack() as stack:
         started = []
+        seen = [site.folder / f"seen-{number}.json" for number in range(workers)]
         for number in range(workers):
             environ = {"SEVATTEST_HEALTH__SOCKET": f"h{number}.sock"}
+            under = [sys.executable, "-m", "tests.bench.watched", str(seen[number])]
             started.append(stack.enter_context(site.serve(environ=environ, under=under)))
         load = subprocess.Popen(
             [sys.executable, "-m", "tests.bench.load"],
@@ -99,7 +119,7 @@ def serving(site: VerifierSite, workers: int, under: Sequence[str] = ()) -> Iter
         assert load.stdin is not None
         setting = _setting(site, [worker.address for worker in started])
         load.stdin.write(msgspec.json.encode(setting).decode() + "\n")
-        yield Site(workers=started, load=load)
+        yield Site(workers=started, load=load, seen_files=seen)
 
 
 def _end(load: subprocess.Popen[str]) -> None:

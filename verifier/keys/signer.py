@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +15,7 @@ from common.audit.jws import ALGORITHM, COORDINATE_SIZE, base64url, key_set, thu
 
 PSEUDONYM_KEY_SIZE = 32
 _PSEUDONYM_SIZE = 16
+_ES256 = ec.ECDSA(hashes.SHA256())
 
 
 class Signer:
@@ -48,8 +48,8 @@ class Signer:
             typ: what kind of token it is, for its header.
         """
         header = {"alg": ALGORITHM, "kid": self._kid, "typ": typ}
-        text = ".".join(base64url(msgspec.json.encode(part)) for part in (header, claims))
-        r, s = decode_dss_signature(self._key.sign(text.encode("ascii"), ec.ECDSA(hashes.SHA256())))
+        text = f"{base64url(msgspec.json.encode(header))}.{base64url(msgspec.json.encode(claims))}"
+        r, s = decode_dss_signature(self._key.sign(text.encode("ascii"), _ES256))
         signature = r.to_bytes(COORDINATE_SIZE, "big") + s.to_bytes(COORDINATE_SIZE, "big")
         return f"{text}.{base64url(signature)}"
 
@@ -79,4 +79,4 @@ class Pseudonyms:
 
     def of(self, value: str) -> str:
         """`chip:` and 32 hex digits: HMAC-SHA-256 of a chip's id or fingerprint, the first 16 bytes."""
-        return "chip:" + hmac.new(self._key, value.encode(), hashlib.sha256).digest()[:_PSEUDONYM_SIZE].hex()
+        return "chip:" + hmac.digest(self._key, value.encode(), "sha256")[:_PSEUDONYM_SIZE].hex()

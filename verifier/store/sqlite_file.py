@@ -8,6 +8,7 @@ Settings, with what each is for (https://sqlite.org/pragma.html):
     trusted_schema=OFF   a doctored schema runs no functions
     temp_store=MEMORY    what a savepoint keeps to go back by needs no file
     cache_size           16 MiB: what launches under way need is not read again
+    wal_autocheckpoint   after 16 MiB: pages that many launches share go into the file once; the sweep empties it anyway
 The file is 0600 in a 0700 folder; SQLite gives its -wal and -shm files the same mode. An advisory lock on a file of its
 own keeps a second process out: replicas need a store made for them, and WAL does not work over network file systems.
 """
@@ -38,6 +39,7 @@ _PRAGMAS = (
     "PRAGMA trusted_schema=OFF",
     "PRAGMA temp_store=MEMORY",
     "PRAGMA cache_size=-16384",
+    "PRAGMA wal_autocheckpoint=4096",
 )
 
 
