@@ -11,8 +11,6 @@ from uuid import uuid4
 
 import pytest
 
-from host_agent.hypervisors.base import Hypervisor
-from host_agent.hypervisors.monitored import QemuSettings
 from host_agent.launches.state import LaunchState as S
 from tests.support.agent import ALICE, QUICK, FakeDevice, alive
 from tests.support.eventually import until
@@ -33,12 +31,9 @@ signal.pause()
 class StayingStage(CommandStage):
     """The command does not become the machine."""
 
-    def hypervisor(self, settings: QemuSettings) -> Hypervisor:
-        made = super().hypervisor(settings)
-        script, note = self.root / "start-web", self.root / "note"
-        text = script.read_text().replace("os.execv(line[0], line)\n", _STAYS.replace("NOTE", repr(str(note))))
-        script.write_text(text)
-        return made
+    def script(self) -> str:
+        stays = _STAYS.replace("NOTE", repr(str(self.root / "note")))
+        return super().script().replace("os.execv(line[0], line)\n", stays)
 
     @property
     def pids(self) -> tuple[int, int]:

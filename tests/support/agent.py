@@ -223,8 +223,11 @@ class Rig:
     async def until(self, launch: Launch, state: LaunchState) -> Launch:
         """Wait until the launch stands in `state`; the test's own time limit applies."""
         async for seen in self.runner.watch(launch.caller):
-            if seen.launch_id == launch.launch_id and seen.state is state:
+            if seen.launch_id != launch.launch_id:
+                continue
+            if seen.state is state:
                 return seen
+            assert not seen.is_final, f"{seen.state} and never {state}: {seen.failure}"
         raise AssertionError("unreachable")
 
 

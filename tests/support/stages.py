@@ -197,16 +197,22 @@ class CommandStage(AttachStage):
 
     name: ClassVar[str] = "attach-command"
 
-    def hypervisor(self, settings: QemuSettings) -> Hypervisor:
-        script = self.root / "start-web"
+    def script(self) -> str:
+        """What the command runs: it becomes the machine."""
         words = [*guest_words(self.root), "-machine", "q35", "-S", "-qmp", f"unix:{self.monitor},server=on,wait=off"]
-        script.write_text(
+        return (
             "import os\n"
             "from tests.support.machine_kinds import command_line\n"
             f"words = {[*words, '-readconfig', str(self.inputs / 'launch.cfg')]!r}\n"
             f"line = command_line({list(self.kind.program)!r}, words)\n"
             "os.execv(line[0], line)\n"
         )
+
+    def hypervisor(self, settings: QemuSettings) -> Hypervisor:
+        script = self.root / "start-web"
+        # Once: the next run of an agent comes while a command of the last one may be reading it.
+        if not script.exists():
+            script.write_text(self.script())
         definition = AttachDefinition(
             firmware=self.firmware,
             monitor=self.monitor,
