@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import NoReturn
 
 from common.amd.kds import KeyService
-from common.audit.chain import Head, Link, broken, record_fields, verify_chain
+from common.audit.chain import Head, Link, broken, verify_chain
 from common.audit.checkpoint import checkpoint_claims
 from common.audit.jws import CHECKPOINT_TYPE
 from common.errors import SevattestError
@@ -104,17 +104,7 @@ class Checkpoints:
 
 
 def _link(chained: ChainedRecord) -> Link:
-    record = chained.record
-    fields = record_fields(
-        audit_id=record.audit_id,
-        time=record.time,
-        event=record.event,
-        launch_id=record.launch_id,
-        caller=record.caller,
-        reason=record.reason,
-        body=record.body,
-    )
-    return Link(number=chained.number, hash=chained.hash, fields=fields)
+    return Link(number=chained.number, hash=chained.hash, fields=chained.record.members)
 
 
 async def sweep(

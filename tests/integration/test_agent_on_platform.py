@@ -32,29 +32,10 @@ from host_agent.launches.state import FINAL
 from sevattest.v1 import host_agent_service_pb2 as pb
 from tests.support.agent_site import ES, PLAIN, REPOSITORY, SECRET_ID, Caller, Owner, Site
 from tests.support.eventually import until
-from tests.support.kill_table import KILLED
+from tests.support.kill_table import KILLED, POINTS
 
 pytestmark = pytest.mark.slow
 
-# Every point that a step of a launch passes, in order.
-POINTS = [
-    "start: begun",
-    "start: written down",
-    "start: machine held",
-    "start: machine written down",
-    "start: machine released",
-    "start: machine checked",
-    "start: paused",
-    "start: done",
-    "measure: read",
-    "measure: done",
-    "inject: written down",
-    "inject: answered",
-    "inject: done",
-    "resume: written down",
-    "resume: answered",
-    "resume: done",
-]
 END_POINTS = ["end: written down", "end: machine gone", "end: done"]
 FINAL_STATES = {pb.GuestLaunchState.Value(f"GUEST_LAUNCH_STATE_{state}") for state in FINAL}
 

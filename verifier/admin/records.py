@@ -10,7 +10,7 @@ from uuid import UUID
 
 import msgspec
 
-from common.audit.chain import canonical_json, record_fields
+from common.audit.chain import canonical_json
 from common.errors import Reason, known_reason
 from verifier.admin.paging import Listing, Page, PageRequest
 from verifier.store.rows import ChainedRecord, Checkpoint
@@ -100,15 +100,7 @@ class RecordDesk:
 
 def _shown(chained: ChainedRecord) -> ShownRecord:
     record = chained.record
-    fields = record_fields(
-        audit_id=record.audit_id,
-        time=record.time,
-        event=record.event,
-        launch_id=record.launch_id,
-        caller=record.caller,
-        reason=record.reason,
-        body=record.body,
-    )
+    fields = record.members
     return ShownRecord(
         number=chained.number,
         hash=chained.hash,

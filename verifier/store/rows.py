@@ -12,6 +12,8 @@ from datetime import datetime
 from enum import Enum
 from uuid import UUID
 
+from common.audit.chain import record_fields
+
 
 @dataclass(frozen=True, kw_only=True)
 class RequestKey:
@@ -58,6 +60,19 @@ class AuditRow:
     caller: str | None
     reason: str | None
     body: str
+
+    @property
+    def members(self) -> dict[str, object]:
+        """The record as the log's chain hashes it."""
+        return record_fields(
+            audit_id=self.audit_id,
+            time=self.time,
+            event=self.event,
+            launch_id=self.launch_id,
+            caller=self.caller,
+            reason=self.reason,
+            body=self.body,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from common.audit.chain import record_fields, record_hash
+from common.audit.chain import record_hash
 from verifier.store.engine import Engine, Row, Transaction, Value
 from verifier.store.rows import AuditRow, Outcome
 from verifier.store.sql_rows import stamp
@@ -75,16 +75,7 @@ def append(transaction: Transaction, audit: AuditRow) -> None:
     if head is None:
         raise ValueError("the schema begins with a head")
     number, time = head[0] + 1, stamp(audit.time)
-    fields = record_fields(
-        audit_id=audit.audit_id,
-        time=audit.time,
-        event=audit.event,
-        launch_id=audit.launch_id,
-        caller=audit.caller,
-        reason=audit.reason,
-        body=audit.body,
-    )
-    digest = record_hash(head[1], number, fields)
+    digest = record_hash(head[1], number, audit.members)
     launch_id = None if audit.launch_id is None else str(audit.launch_id)
     transaction.change(
         "INSERT INTO audit (number, hash, audit_id, time, event, launch_id, caller, reason, body) "

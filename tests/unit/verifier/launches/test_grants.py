@@ -15,6 +15,7 @@ import pytest
 from common.errors import Reason
 from common.sev.measurement import FirmwareVersion, MeasurementBlob
 from common.sev.secret import SecretEntry
+from tests.support.chains import make_platform
 from tests.support.desk import FIRMWARE, START, Desk, desk, refused
 from tests.support.documents import CALLER, STRANGER
 from tests.support.documents import workload as document
@@ -206,23 +207,27 @@ async def test_two_grants_must_be_told_apart_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "expected"),
+    ("changes", "rule", "expected"),
     [
-        ({"suspended": True}, Reason.GRANT_SUSPENDED),
-        ({"not_before": (START + timedelta(hours=1)).isoformat()}, Reason.GRANT_NOT_YET_VALID),
-        ({"not_after": START.isoformat()}, Reason.GRANT_EXPIRED),
-        ({"workload": "other"}, Reason.CALLER_NOT_ALLOWED),
-        ({"versions": ["2"]}, Reason.GRANT_REQUIRED),
+        ({"suspended": True}, "grant.suspended", Reason.GRANT_SUSPENDED),
+        (
+            {"not_before": (START + timedelta(hours=1)).isoformat()},
+            "grant.not_yet_valid",
+            Reason.GRANT_NOT_YET_VALID,
+        ),
+        ({"not_after": START.isoformat()}, "grant.expired", Reason.GRANT_EXPIRED),
+        ({"workload": "other"}, "workload.caller", Reason.CALLER_NOT_ALLOWED),
+        ({"versions": ["2"]}, "grant.required", Reason.GRANT_REQUIRED),
     ],
 )
 async def test_a_grant_that_cannot_be_spent_says_why_and_is_recorded(
-    tmp_path: Path, changes: dict[str, Any], expected: Reason
+    tmp_path: Path, changes: dict[str, Any], rule: str, expected: Reason
 ) -> None:
     async with desk(tmp_path, content=owned(grant(**changes))) as d:
         assert await reason(d.begin()) is expected
         event, body = last(d)
         assert event == "launch.begin_refused"
-        assert body["findings"][0]["reason"] == expected
+        assert (body["findings"][0]["rule"], body["findings"][0]["reason"]) == (rule, expected)
         assert await d.store.ledger("g") == LedgerRow()
 
 
@@ -254,6 +259,18 @@ async def test_a_platform_is_for_its_callers_only(tmp_path: Path) -> None:
         await d.library.load()
         assert await reason(d.begin()) is Reason.HOST_NOT_FOR_CALLER
         await d.begin(caller=STRANGER)
+
+
+async def test_a_platform_of_another_owner_than_the_workload_allows_is_refused(tmp_path: Path) -> None:
+    host = make_platform()
+    for turn, (oca, allowed) in enumerate([(host.chain.oca.fingerprint.hex(), True), (ELSEWHERE, False)]):
+        content = document(platforms={"generations": ["emulated"], "chips": "any", "ownership": [oca]})
+        async with desk(tmp_path / str(turn), content=content, platform=host) as d:
+            if allowed:
+                await released(d, await d.begin())
+            else:
+                assert await reason(d.begin()) is Reason.PLATFORM_OWNER_NOT_ALLOWED
+                assert last(d)[1]["findings"][0]["rule"] == "platform.ownership"
 
 
 @pytest.mark.parametrize("how", ["suspended", "withdrawn"])
