@@ -117,7 +117,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     async def boot(self) -> None:
         """Start the agent's parts over what is kept."""
-        ledger = Ledger(self.folders)
+        ledger = self.ledger = Ledger(self.folders)
         keeper = Custody(ledger=ledger, clock=self.clock, log=RecordingLog(), observe=self.observe)
         self.runner = Runner(ledger=ledger, custody=keeper, hypervisor=self.hypervisor, device=DEVICE, clock=self.clock)
         self.supervisor = Supervisor(
@@ -129,9 +129,19 @@ class AnyOrder(RuleBasedStateMachine):
             limits=LIMITS,
         )
         await self.supervisor.recover()
-        for launch in ledger.unfinished():
-            async with ledger.lock(launch.launch_id):
-                pass  # a start that went on is done
+        await self.at_rest()  # a start that went on is done
+
+    async def at_rest(self) -> None:
+        """Wait for the steps that are under way."""
+        for launch in self.ledger.unfinished():
+            async with self.ledger.lock(launch.launch_id):
+                pass
+
+    async def looked_after(self) -> None:
+        """A look, and another one at what was left alone because a step of it was under way."""
+        await self.supervisor.tick()
+        await self.at_rest()
+        await self.supervisor.tick()
 
     def on_record(self, slot: int) -> Launch | None:
         """The slot's launch, as a restarted agent would find it."""
@@ -259,7 +269,7 @@ class AnyOrder(RuleBasedStateMachine):
         if not hasattr(self, "folders") or self.folders.full:
             return
         self.clock.advance(LIMITS.check_interval)
-        self.call(self.supervisor.tick())
+        self.call(self.looked_after())
         for launch in self.launches():
             assert launch.ending is None, launch
             overdue = self.clock.now() - launch.create_time > LIMITS.lifetime
