@@ -7,10 +7,9 @@ domain: the datacenter's CA can mint `spiffe://datacenter…/owner/eve`, and tha
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from contextvars import ContextVar
-from dataclasses import dataclass
+from contextlib import suppress
+from contextvars import ContextVar, Token
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from common.errors import InvalidInput, Reason, Unauthenticated
@@ -56,22 +55,20 @@ class Identity:
         trust_domain: whose CA vouches for it, for example `datacenter.example`.
         role: what it is.
         name: which one, 1 to 64 characters of `[A-Za-z0-9._-]`, the first a letter or digit.
+        spiffe_id: `spiffe://TRUST-DOMAIN/ROLE/NAME`.
     """
 
     trust_domain: str
     role: Role
     name: str
+    spiffe_id: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Refuse what no SPIFFE id can say (`InvalidInput`)."""
         check_trust_domain(self.trust_domain)
         if not _NAME.fullmatch(self.name):
             raise InvalidInput(Reason.INVALID_ARGUMENT, f"{self.name!r} is not a name for an identity")
-
-    @property
-    def spiffe_id(self) -> str:
-        """`spiffe://TRUST-DOMAIN/ROLE/NAME`."""
-        return f"{_SCHEME}{self.trust_domain}/{self.role}/{self.name}"
+        object.__setattr__(self, "spiffe_id", f"{_SCHEME}{self.trust_domain}/{self.role}/{self.name}")
 
     def __str__(self) -> str:
         return self.spiffe_id
@@ -104,11 +101,16 @@ def caller() -> Identity:
     return _caller.get()
 
 
-@contextmanager
-def acting_as(identity: Identity) -> Iterator[None]:
-    """Serve the enclosed steps for `identity`; tasks that start inside inherit it."""
-    token = _caller.set(identity)
-    try:
-        yield
-    finally:
-        _caller.reset(token)
+class ActingAs:
+    """Serves the enclosed steps for one identity; tasks that start inside inherit it."""
+
+    __slots__ = ("_identity", "_token")
+
+    def __init__(self, identity: Identity) -> None:
+        self._identity = identity
+
+    def __enter__(self) -> None:
+        self._token: Token[Identity] = _caller.set(self._identity)
+
+    def __exit__(self, *_: object) -> None:
+        _caller.reset(self._token)

@@ -21,9 +21,10 @@ import asyncio
 import inspect
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass
+from datetime import datetime
 from functools import lru_cache
 from secrets import token_hex
 from typing import Any, TypeAlias, TypeVar, cast
@@ -43,7 +44,7 @@ from common.errors import (
 )
 from common.rpc import MAX_MESSAGE, MAX_STREAMS
 from common.rpc.authz import METHODS
-from common.rpc.identity import Identity, Role, acting_as
+from common.rpc.identity import ActingAs, Identity, Role
 from common.rpc.pem import CLIENT_USAGE, check_dates, leaf_identity, parse_certificates
 from common.rpc.status import code_of, plain_status, to_status
 from common.telemetry.log import Log
@@ -96,7 +97,7 @@ class Gatekeeper(grpc.aio.ServerInterceptor):
         self._log = log
         self._clock = clock or SystemClock()
         self._methods = methods
-        self._in_flight: Counter[Identity] = Counter()
+        self._in_flight: Counter[str] = Counter()  # by SPIFFE id
         self._wrapped: dict[str, Handler] = {}
 
     async def intercept_service(
@@ -163,8 +164,12 @@ class Gatekeeper(grpc.aio.ServerInterceptor):
             self._check_deadline(context, longest)
             who = self._authenticate(context)
             self._authorise(who, method)
-            with self._counted(who), acting_as(who):
-                answer = await serve()
+            self._enter(who)
+            try:
+                with ActingAs(who):
+                    answer = await serve()
+            finally:
+                self._leave(who)
         except asyncio.CancelledError as cancelled:
             # The caller left or its deadline passed; steps in `shielded` have run to their end by now.
             self._log_call(method, who, "CANCELLED", began)
@@ -207,13 +212,15 @@ class Gatekeeper(grpc.aio.ServerInterceptor):
         if pem is None:
             raise _unauthenticated("a client certificate is required")
         try:
-            leaf = _parse_leaf(pem)
+            peer = _peer(pem)
         except ValueError as error:
             raise _unauthenticated("the client certificate cannot be read") from error
         # TLS looked at the certificate once, at the handshake; a connection may outlive it.
-        check_dates(leaf, self._clock.now())
-        who = _leaf_identity(pem)
-        if _one(auth, "peer_spiffe_id") != who.spiffe_id.encode():
+        now = self._clock.now()
+        if not peer.begins <= now <= peer.ends:
+            check_dates(peer.leaf, now)
+        who = peer.identity
+        if _one(auth, "peer_spiffe_id") != peer.spiffe_id:
             raise _unauthenticated("gRPC and the certificate do not name the same identity")
         if who.trust_domain != self._trust_domain:
             raise _unauthenticated("the certificate's trust domain is not the one that is served here")
@@ -225,29 +232,23 @@ class Gatekeeper(grpc.aio.ServerInterceptor):
         if method != "unknown" and who.role not in self._methods.get(method, frozenset()):
             raise Refused(Reason.ROLE_NOT_ALLOWED, f"the role {who.role} may not call this method")
 
-    @contextmanager
-    def _counted(self, who: Identity) -> Iterator[None]:
-        under_way = self._in_flight[who]
+    def _enter(self, who: Identity) -> None:
+        under_way = self._in_flight[who.spiffe_id]
         if under_way >= self._limits.in_flight:
             raise LimitExceeded(
                 Reason.TOO_MANY_REQUESTS, f"more than {self._limits.in_flight} calls of {who} are under way"
             )
-        self._in_flight[who] = under_way + 1
-        try:
-            yield
-        finally:
-            left = self._in_flight[who] - 1
-            if left:
-                self._in_flight[who] = left
-            else:
-                del self._in_flight[who]
+        self._in_flight[who.spiffe_id] = under_way + 1
+
+    def _leave(self, who: Identity) -> None:
+        self._in_flight[who.spiffe_id] -= 1
+        if not self._in_flight[who.spiffe_id]:
+            del self._in_flight[who.spiffe_id]
 
     def _log_call(self, method: str, who: Identity | None, outcome: str, began: float, **fields: object) -> None:
         elapsed = round((time.monotonic() - began) * 1000, 1)
-        known = {name: value for name, value in fields.items() if value is not None}
-        self._log.info(
-            "rpc", method=method, caller=None if who is None else str(who), outcome=outcome, ms=elapsed, **known
-        )
+        caller = None if who is None else who.spiffe_id
+        self._log.info("rpc", method=method, caller=caller, outcome=outcome, ms=elapsed, **fields)
 
 
 class _UnknownMethod(Exception):
@@ -301,16 +302,28 @@ def _one(auth: Mapping[str, Any], key: str) -> bytes | None:
     return values[0] if len(values) == 1 and isinstance(values[0], bytes) else None
 
 
-@lru_cache(maxsize=1024)
-def _parse_leaf(pem: bytes) -> x509.Certificate:
-    """The peer's certificate; kept, because every call of a connection shows the same one."""
-    return parse_certificates(pem)[0]
+@dataclass(frozen=True, kw_only=True)
+class _Peer:
+    """A peer's certificate as every call of a connection needs it. That it is in date is not kept."""
+
+    leaf: x509.Certificate
+    identity: Identity
+    spiffe_id: bytes
+    begins: datetime
+    ends: datetime
 
 
 @lru_cache(maxsize=1024)
-def _leaf_identity(pem: bytes) -> Identity:
-    """Who the peer's certificate is for; kept, but never that it is in date."""
-    return leaf_identity(_parse_leaf(pem), CLIENT_USAGE)
+def _peer(pem: bytes) -> _Peer:
+    leaf = parse_certificates(pem)[0]
+    identity = leaf_identity(leaf, CLIENT_USAGE)
+    return _Peer(
+        leaf=leaf,
+        identity=identity,
+        spiffe_id=identity.spiffe_id.encode(),
+        begins=leaf.not_valid_before_utc,
+        ends=leaf.not_valid_after_utc,
+    )
 
 
 def _unauthenticated(what: str) -> Unauthenticated:

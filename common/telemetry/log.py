@@ -1,8 +1,4 @@
-"""One JSON line an event on stderr, redacted: no bytes, no secret by name, no object by its repr, no exception's text.
-
-structlog builds the lines; it comes with the extras `agent` and `verifier`, so it is imported only by `configure`, and
-everybody else names the `Log` protocol.
-"""
+"""One JSON line an event on stderr. It never holds bytes, a secret's field, an object's repr or an exception's text."""
 
 from __future__ import annotations
 
@@ -11,14 +7,15 @@ import logging
 import sqlite3
 import sys
 import traceback
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import PurePath
-from typing import Any, Protocol, TextIO, cast
+from typing import Any, Protocol, TextIO
 from uuid import UUID
+
+import msgspec
 
 from common.errors import SevattestError
 
@@ -47,11 +44,11 @@ _MAX_ITEMS = 64
 _MAX_DEPTH = 6
 _MAX_FRAMES = 30
 _MAX_COUNT = 1_000_000
-_ENCODER = json.JSONEncoder(ensure_ascii=True, separators=(",", ":"))
+_ASCII = json.JSONEncoder(ensure_ascii=True, separators=(",", ":"))
 
 
 class Log(Protocol):
-    """Takes events: a short dotted name (`launch.released`) and fields. structlog's loggers are this."""
+    """Takes events: a short dotted name (`launch.released`) and fields."""
 
     def info(self, event: str, **fields: Any) -> Any:
         """Something happened that an operator expects."""
@@ -86,59 +83,52 @@ def configure(service: str, stream: TextIO | None = None) -> Log:
         service: the `service` of every line, for example `sev-verifier`.
         stream: where the lines go; stderr when None.
     """
-    import structlog  # noqa: PLC0415 -- an extra: the command line goes without it
-
-    out = stream or sys.stderr
-    log = structlog.wrap_logger(
-        structlog.WriteLogger(cast("TextIO", _Sink(out))),
-        processors=[structlog.processors.add_log_level, _Line(service=service)],
-        wrapper_class=structlog.BoundLogger,
-    ).bind()  # what `wrap_logger` gives makes a logger anew for each line
+    log = _JsonLog(service, stream or sys.stderr)
     root = logging.getLogger()
     for old in [handler for handler in root.handlers if isinstance(handler, _LibraryHandler)]:
         root.removeHandler(old)
-    root.addHandler(_LibraryHandler(cast("Log", log)))
+    root.addHandler(_LibraryHandler(log))
     root.setLevel(logging.WARNING)
-    return cast("Log", log)
+    return log
 
 
-class _Sink:
-    """Where the lines go. One that cannot be written (closed pipe, full disk) is lost: no call fails for its log."""
+class _JsonLog:
+    """The `Log` that writes. A line that cannot be written (closed pipe, full disk) is lost: no call fails for it."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, service: str, stream: TextIO) -> None:
+        self._service = service
         self._stream = stream
 
-    def write(self, text: str) -> None:
-        with suppress(OSError, ValueError):
-            self._stream.write(text)
+    def info(self, event: str, **fields: Any) -> None:
+        self._write("info", event, fields)
 
-    def flush(self) -> None:
+    def warning(self, event: str, **fields: Any) -> None:
+        self._write("warning", event, fields)
+
+    def error(self, event: str, **fields: Any) -> None:
+        self._write("error", event, fields)
+
+    def _write(self, level: str, event: str, fields: dict[str, Any]) -> None:
+        line: dict[str, Any] = {
+            "time": _timestamp(datetime.now(UTC)),
+            "level": level,
+            "service": self._service,
+            "event": event[:_MAX_TEXT],
+        }
+        # A field never replaces one of the line's own.
+        line |= {(name if name not in line else f"{name}_"): _field(name, value) for name, value in fields.items()}
         with suppress(OSError, ValueError):
+            self._stream.write(_encode(line))
             self._stream.flush()
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Line:
-    """structlog's last processor: an event to one line of JSON."""
-
-    service: str
-
-    def __call__(self, _logger: object, _method: str, event: MutableMapping[str, Any]) -> str:
-        fields = dict(event)
-        line: dict[str, Any] = {
-            "time": _timestamp(datetime.now(UTC)),
-            "level": fields.pop("level", "info"),
-            "service": self.service,
-            "event": str(fields.pop("event", ""))[:_MAX_TEXT],
-        }
-        exc_info = fields.pop("exc_info", None)
-        if exc_info:
-            error = exc_info if isinstance(exc_info, BaseException) else sys.exc_info()[1]
-            if error is not None:
-                line["error"] = describe_exception(error)
-        # A field never replaces one of the line's own.
-        line |= {(name if name not in line else f"{name}_"): _field(name, value) for name, value in fields.items()}
-        return _ENCODER.encode(line)
+def _encode(line: dict[str, Any]) -> str:
+    """The line's text, of ASCII: what a terminal could take for a command or a direction is escaped."""
+    with suppress(ValueError, OverflowError):  # half a surrogate pair, a number of more than 64 bits
+        text = msgspec.json.encode(line).decode()
+        if text.isascii():
+            return text + "\n"
+    return _ASCII.encode(line) + "\n"
 
 
 def _field(name: str, value: object, depth: int = 0) -> object:
@@ -162,16 +152,23 @@ def redact(value: object, depth: int = 0) -> object:
         return str(value) if len(value) <= _MAX_TEXT else f"{value[:_MAX_TEXT]}…"
     if value is None or isinstance(value, (bool, int, float)):
         return value
-    if isinstance(value, bytes | bytearray | memoryview):
+    if depth < _MAX_DEPTH:
+        if isinstance(value, (list, tuple, set, frozenset)):
+            return [redact(item, depth + 1) for item in list(value)[:_MAX_ITEMS]]
+        if isinstance(value, (dict, Mapping)):  # for a `dict` nobody asks what a Mapping is
+            return {str(k): _field(str(k), v, depth + 1) for k, v in list(value.items())[:_MAX_ITEMS]}
+    return _described(value)
+
+
+def _described(value: object) -> object:
+    if isinstance(value, datetime):
+        return _timestamp(value)
+    if isinstance(value, (UUID, PurePath)):
+        return str(value)
+    if isinstance(value, (bytes, bytearray, memoryview)):
         return f"[{len(value)} bytes]"
     if isinstance(value, BaseException):
         return describe_exception(value)
-    if isinstance(value, datetime | UUID | PurePath):
-        return _timestamp(value) if isinstance(value, datetime) else str(value)
-    if depth < _MAX_DEPTH and isinstance(value, Mapping):
-        return {str(k): _field(str(k), v, depth + 1) for k, v in list(value.items())[:_MAX_ITEMS]}
-    if depth < _MAX_DEPTH and isinstance(value, list | tuple | set | frozenset):
-        return [redact(item, depth + 1) for item in list(value)[:_MAX_ITEMS]]
     return f"[{type(value).__name__}]"
 
 

@@ -52,7 +52,6 @@ _PARTS: tuple[tuple[str, str], ...] = (
     ("/common/audit/", _STORE),
     ("/psycopg", _STORE),
     ("/common/telemetry/", _LOG),
-    ("/structlog/", _LOG),
     ("/verifier/service.py", _MESSAGES),
     ("/common/wire.py", _MESSAGES),
     ("/common/ids.py", _MESSAGES),

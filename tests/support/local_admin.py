@@ -17,7 +17,7 @@ from grpc.aio import AioRpcError, Metadata
 
 import orchestrator.drivers.admin
 from common.errors import SevattestError
-from common.rpc.identity import acting_as, parse_spiffe_id
+from common.rpc.identity import ActingAs, parse_spiffe_id
 from common.rpc.status import to_status
 from orchestrator.cli import main
 from orchestrator.drivers.admin import VerifierAdmin
@@ -84,7 +84,7 @@ class LocalChannel:
         return call
 
     async def _answer(self, method: str, request: Any) -> Any:
-        with acting_as(parse_spiffe_id(OWNER)):
+        with ActingAs(parse_spiffe_id(OWNER)):
             try:
                 return await getattr(self._servicer, method)(request, None)
             except SevattestError as error:

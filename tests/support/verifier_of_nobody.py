@@ -11,8 +11,6 @@ from __future__ import annotations
 import ctypes
 import sys
 
-import structlog
-
 import verifier.app
 import verifier.cli
 from common.hardening import PR_SET_DUMPABLE
@@ -20,7 +18,7 @@ from tests.support.nobody import become_nobody
 from verifier.store import sql_store
 from verifier.store.migrations import migrations
 
-_IMPORTED = (structlog, verifier.app)
+_IMPORTED = verifier.app
 _STEPS = migrations("sqlite")  # files of ours, read while they can be
 
 

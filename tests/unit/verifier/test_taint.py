@@ -12,7 +12,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 from common.errors import Reason, SevattestError
-from common.rpc.identity import acting_as, parse_spiffe_id
+from common.rpc.identity import ActingAs, parse_spiffe_id
 from emulator import channel as psp
 from sevattest.v1 import platform_pb2, verifier_service_pb2
 from tests.support.chains import make_platform
@@ -46,7 +46,7 @@ def servicer(d: Desk) -> Any:
 
 async def outcome(method: Any, request: Any) -> Any:
     """The answer, or the error that refused."""
-    with acting_as(parse_spiffe_id(CALLER)):
+    with ActingAs(parse_spiffe_id(CALLER)):
         try:
             return await method(request, None)
         except SevattestError as error:

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from common.errors import InvalidInput, NotFound, SevattestError, WrongState
-from common.rpc.identity import acting_as, parse_spiffe_id
+from common.rpc.identity import ActingAs, parse_spiffe_id
 from sevattest.v1 import platform_pb2
 from sevattest.v1 import verifier_admin_service_pb2 as pb
 from tests.support.desk import OWNER, Desk, desk
@@ -65,7 +65,7 @@ def requests(launch_id: str, chain: bytes) -> Mapping[str, list[Any]]:
 
 async def outcome(method: Any, request: Any) -> Any:
     """The answer, or the error that refused."""
-    with acting_as(parse_spiffe_id(OWNER)):
+    with ActingAs(parse_spiffe_id(OWNER)):
         try:
             return await method(request, None)
         except SevattestError as error:

@@ -15,9 +15,9 @@ from common.rpc.identity import (
     DATACENTER,
     OWNER_SITE,
     SERVERS,
+    ActingAs,
     Identity,
     Role,
-    acting_as,
     caller,
     parse_spiffe_id,
 )
@@ -96,7 +96,7 @@ async def test_a_task_that_a_call_starts_has_the_calls_caller() -> None:
     async def ask() -> Identity:
         return caller()
 
-    with acting_as(who):
+    with ActingAs(who):
         task = asyncio.create_task(ask())
     assert await task == who
     with pytest.raises(LookupError):
