@@ -66,8 +66,8 @@ def record_fields(
     caller: str | None,
     reason: str | None,
     body: str,
-) -> dict[str, object]:
-    """The members of a record, as they are hashed.
+) -> dict[str, str | int | None]:
+    """The members of a record, as they are hashed and stored.
 
     Args:
         audit_id: its id.

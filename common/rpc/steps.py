@@ -26,7 +26,6 @@ async def shielded(step: Coroutine[Any, Any, _T]) -> _T:
     """
     task = asyncio.create_task(step)
     _under_way.add(task)
-    task.add_done_callback(_under_way.discard)
     cancelled: asyncio.CancelledError | None = None
     while not task.done():
         try:
@@ -41,7 +40,13 @@ async def shielded(step: Coroutine[Any, Any, _T]) -> _T:
 def _end(task: asyncio.Task[Any]) -> asyncio.Future[None]:
     """Is done when the task is. Cancelling it does not cancel the task, and it raises nothing that the task raises."""
     ended = task.get_loop().create_future()
-    task.add_done_callback(lambda _task: None if ended.done() else ended.set_result(None))
+
+    def note(task: asyncio.Task[Any]) -> None:
+        _under_way.discard(task)
+        if not ended.done():
+            ended.set_result(None)
+
+    task.add_done_callback(note)
     return ended
 
 

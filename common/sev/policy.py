@@ -8,7 +8,7 @@ session's MAC and into the measurement, so it is kept as it came, never narrowed
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 from typing import Self
 
 from common.sev.abi import PolicyBit
@@ -62,7 +62,7 @@ class GuestPolicy:
             raise ParseError(f"guest policy bits 0x{int(bits):x} go beyond the six that exist")
         return cls(value=int(bits) | major << 16 | minor << 24)
 
-    @property
+    @cached_property
     def bits(self) -> PolicyBit:
         """The flags, bits 0 to 5."""
         return PolicyBit(self.value & _FLAGS)
@@ -81,14 +81,13 @@ class GuestPolicy:
         """The word as MACs and measurements cover it: 4 bytes, little-endian."""
         return self.value.to_bytes(4, "little")
 
+    @cached_property
+    def _text(self) -> str:
+        names = [str(bit.name) for bit in PolicyBit if bit in self.bits]
+        major, minor = self.minimum_api
+        if (major, minor) != (0, 0):
+            names.append(f"API>={major}.{minor}")
+        return f"0x{self.value:08x} ({' '.join(names) or 'nothing is forbidden'})"
+
     def __str__(self) -> str:
-        return _text(self)
-
-
-@lru_cache(maxsize=256)
-def _text(policy: GuestPolicy) -> str:
-    names = [str(bit.name) for bit in PolicyBit if bit in policy.bits]
-    major, minor = policy.minimum_api
-    if (major, minor) != (0, 0):
-        names.append(f"API>={major}.{minor}")
-    return f"0x{policy.value:08x} ({' '.join(names) or 'nothing is forbidden'})"
+        return self._text

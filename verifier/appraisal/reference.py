@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import cached_property
 from uuid import UUID
 
 import msgspec
@@ -48,8 +49,8 @@ class SecretTerms(msgspec.Struct, frozen=True, kw_only=True):
     trailing_nul: bool
 
 
-class Terms(msgspec.Struct, frozen=True, kw_only=True):
-    """What was frozen for a launch.
+class Terms(msgspec.Struct, frozen=True, kw_only=True, dict=True):
+    """What was frozen for a launch. Launches share them, so what follows from them is kept.
 
     Attributes:
         workload: the workload's name.
@@ -79,22 +80,22 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
     notes: tuple[str, ...]
     recognized: bool
 
-    @property
+    @cached_property
     def guest_policy(self) -> GuestPolicy:
         """The policy as a value."""
         return GuestPolicy.parse(self.policy)
 
-    @property
+    @cached_property
     def firmware_floor(self) -> FirmwareVersion:
         """The floor as a value."""
         return FirmwareVersion(*self.floor)
 
-    @property
+    @cached_property
     def digests(self) -> tuple[bytes, ...]:
         """The accepted launch digests."""
         return tuple(reference.digest for reference in self.references)
 
-    @property
+    @cached_property
     def secret_specs(self) -> tuple[SecretSpec, ...]:
         """The secrets as the sources want them."""
         return tuple(
@@ -102,7 +103,8 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
             for secret in self.secrets
         )
 
-    def encode(self) -> tuple[bytes, bytes]:
+    @cached_property
+    def encoded(self) -> tuple[bytes, bytes]:
         """SHA-256 and bytes of the terms, as they are stored."""
         body = msgspec.json.encode(self)
         return hashlib.sha256(body).digest(), body

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -31,6 +32,7 @@ class Signer:
             raise ValueError("ES256 wants a key on P-256")
         self._key = key
         self._kid = thumbprint(key.public_key())
+        self._header = lru_cache(maxsize=8)(self._make_header)
 
     @property
     def kid(self) -> str:
@@ -47,11 +49,13 @@ class Signer:
             claims: JSON values without fractions.
             typ: what kind of token it is, for its header.
         """
-        header = {"alg": ALGORITHM, "kid": self._kid, "typ": typ}
-        text = f"{base64url(msgspec.json.encode(header))}.{base64url(msgspec.json.encode(claims))}"
+        text = f"{self._header(typ)}.{base64url(msgspec.json.encode(claims))}"
         r, s = decode_dss_signature(self._key.sign(text.encode("ascii"), _ES256))
         signature = r.to_bytes(COORDINATE_SIZE, "big") + s.to_bytes(COORDINATE_SIZE, "big")
         return f"{text}.{base64url(signature)}"
+
+    def _make_header(self, typ: str) -> str:
+        return base64url(msgspec.json.encode({"alg": ALGORITHM, "kid": self._kid, "typ": typ}))
 
     def jwks(self) -> dict[str, Any]:
         """The JWK set (RFC 7517) that verifies what this signs."""
@@ -62,6 +66,9 @@ class Pseudonyms:
     """Names for chips and their keys that only the owner can tell apart from any others.
 
     Chip ids and fingerprints are few enough to be guessed, so a plain hash would hide nothing.
+
+    Attributes:
+        of: the name of a chip's id or fingerprint: `chip:` and 32 hex digits; those of late are kept.
     """
 
     def __init__(self, key: bytes) -> None:
@@ -73,10 +80,11 @@ class Pseudonyms:
         if len(key) != PSEUDONYM_KEY_SIZE:
             raise ValueError(f"a pseudonym key has {PSEUDONYM_KEY_SIZE} bytes")
         self._key = key
+        self.of = lru_cache(maxsize=4096)(self._of)
 
     def __repr__(self) -> str:
         return "Pseudonyms(redacted)"
 
-    def of(self, value: str) -> str:
-        """`chip:` and 32 hex digits: HMAC-SHA-256 of a chip's id or fingerprint, the first 16 bytes."""
+    def _of(self, value: str) -> str:
+        """HMAC-SHA-256, the first 16 bytes."""
         return "chip:" + hmac.digest(self._key, value.encode(), "sha256")[:_PSEUDONYM_SIZE].hex()

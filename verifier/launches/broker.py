@@ -31,7 +31,7 @@ from common.sev.certs.verify import VerifiedPlatform
 from verifier.appraisal import authority
 from verifier.appraisal.appraise import appraise_platform
 from verifier.appraisal.evidence import Finding
-from verifier.appraisal.reference import Terms, freeze
+from verifier.appraisal.reference import Terms
 from verifier.documents.grant import Grant
 from verifier.documents.workload import Workload
 from verifier.keys.base import launch_place
@@ -155,13 +155,8 @@ class Broker:
         prepared = await self._d.library.in_force(documents, workload.name)
         if prepared is None:
             raise _no_workload()
-        terms = freeze(
-            workload,
-            generation=platform.generation,
-            references=prepared.references,
-            secret_area=prepared.secret_area,
-            recognized=workload.chips is not None or evidence.known is not None,
-        )
+        recognized = workload.chips is not None or evidence.known is not None
+        terms = prepared.terms(platform.generation, recognized=recognized)
         sizes = await self._d.secrets.sizes(workload.secrets)
         require_room(workload.table_size(sizes), terms.secret_area)  # step 6
         return _Candidate(documents=documents, workload=workload, grant=grant, platform=platform, terms=terms)
@@ -217,7 +212,7 @@ class Broker:
             tek=self._d.sealing.seal(keys.tek, launch_place(launch_id, TEK_COLUMN)),
             tik=self._d.sealing.seal(keys.tik, launch_place(launch_id, TIK_COLUMN)),
         )
-        terms_id, body = terms.encode()
+        terms_id, body = terms.encoded
         chain = platform.chain.to_bytes()
         grant = candidate.grant
         row = LaunchRow(

@@ -137,17 +137,23 @@ def content_hash(*parts: bytes) -> bytes:
     return state.digest()
 
 
-def view(row: LaunchRow) -> Launch:
-    """What a row shows to its caller. A reason that only a newer replica knows is left out: the state says enough."""
+def view(row: LaunchRow, state: State | None = None, end_time: datetime | None = None) -> Launch:
+    """What a row shows to its caller. A reason that only a newer replica knows is left out: the state says enough.
+
+    Args:
+        row: the launch as it is, or was, in the store.
+        state: what it came to since then; None where the row says so.
+        end_time: when, in the same case.
+    """
     return Launch(
         launch_id=row.launch_id,
         workload=row.workload,
         workload_version=row.workload_version,
-        state=State(row.state),
+        state=state or State(row.state),
         reason=known_reason(row.reason),
         create_time=row.create_time,
         expire_time=row.expire_time,
-        end_time=row.end_time,
+        end_time=end_time or row.end_time,
         generation=row.generation,
         fingerprint=row.fingerprint,
     )

@@ -91,7 +91,7 @@ class Recorder:
 
     def log(self, row: AuditRow) -> None:
         """Write the line that goes with a stored row."""
-        write = self._log.warning if AuditEvent(row.event) in _REFUSALS else self._log.info
+        write = self._log.warning if row.event in _REFUSALS else self._log.info
         write(
             row.event,
             audit_id=str(row.audit_id),

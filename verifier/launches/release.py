@@ -237,19 +237,19 @@ class Releaser:
         )
         self._d.on_step("release:packet-built")
         # A source may take its time: what counts is when the secret leaves.
-        case = replace(case, now=self._d.time.for_decisions(None))
-        return await self._hand_out(case, terms.references[matched], packet, generated_secrets(specs, entries))
+        now = self._d.time.for_decisions(None)
+        return await self._hand_out(case, now, terms.references[matched], packet, generated_secrets(specs, entries))
 
     async def _hand_out(
-        self, case: _Case, reference: Reference, sealed: SecretPacket, generated: bytes | None
+        self, case: _Case, now: datetime, reference: Reference, sealed: SecretPacket, generated: bytes | None
     ) -> Released | None:
         row, audit_id = case.row, self._d.records.new_id()
         launch_id = row.launch_id
-        receipt = self._receipt(case, reference, audit_id)
+        receipt = self._receipt(case, now, reference, audit_id)
         packet = Packet(header=sealed.header, payload=sealed.payload, receipt=receipt)
         audit = self._d.records.row(
             AuditEvent.RELEASED,
-            time=case.now,
+            time=now,
             caller=row.caller,
             launch_id=launch_id,
             audit_id=audit_id,
@@ -267,7 +267,7 @@ class Releaser:
             launch_id=launch_id,
             expected=row.state,
             to=after(State(row.state), Event.RELEASE).value,
-            time=case.now,
+            time=now,
             in_time=True,
             measurement=case.request.blob.to_bytes(),
             digest=reference.digest,
@@ -285,7 +285,7 @@ class Releaser:
         if await self._commit(move) is not Outcome.DONE:
             return None
         self._d.on_step("release:stored")
-        return _released(replace(view(row), state=State.RELEASED, end_time=case.now), packet)
+        return _released(view(row, State.RELEASED, end_time=now), packet)
 
     async def _refuse(self, case: _Case, findings: Sequence[Finding], *, proven: bool) -> None:
         row, reason, firmware = case.row, findings[0].reason, case.request.firmware
@@ -372,14 +372,14 @@ class Releaser:
         single = ("one CA stands for both sites: the datacenter could make an owner's identity",)
         return (*terms.notes, *(single if self._d.single_ca else ()))
 
-    def _receipt(self, case: _Case, reference: Reference, audit_id: UUID) -> str:
+    def _receipt(self, case: _Case, now: datetime, reference: Reference, audit_id: UUID) -> str:
         terms, row = case.terms, case.row
         claims = receipt_claims(
             issuer=self._d.issuer,
             build=BUILD,
             launch_id=row.launch_id,
             audit_id=audit_id,
-            time=case.now,
+            time=now,
             caller=row.caller,
             grant=row.grant,
             workload=_workload(terms),

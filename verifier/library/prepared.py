@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from common.errors import InvalidInput, SevattestError
 from common.sev.digest.compute import LaunchShape, MeasuredFirmware
 from common.sev.explain import Expected
-from verifier.appraisal.reference import Reference, listed_references, measured_references, shapes
+from verifier.appraisal.reference import Reference, Terms, freeze, listed_references, measured_references, shapes
 from verifier.documents.workload import Artefacts, Workload
 from verifier.library.artefacts import ArtefactShelf, Stamp, stamp, unusable
 
@@ -39,6 +39,25 @@ class Prepared:
     initrd: bytes | None = None
     allowed: tuple[LaunchShape, ...] = ()
     label: str = ""
+    _terms: dict[tuple[str, bool], Terms] = field(default_factory=dict, init=False, compare=False, repr=False)
+
+    def terms(self, generation: str, *, recognized: bool) -> Terms:
+        """The terms of a launch on a platform of `generation`, which the workload allows: the same for all of them.
+
+        Args:
+            generation: the platform's.
+            recognized: whether the owner named this very chip.
+        """
+        terms = self._terms.get((generation, recognized))
+        if terms is None:
+            terms = self._terms[generation, recognized] = freeze(
+                self.workload,
+                generation=generation,
+                references=self.references,
+                secret_area=self.secret_area,
+                recognized=recognized,
+            )
+        return terms
 
     @property
     def unchanged(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, TypeVar
+from typing import ClassVar, Protocol, TypeVar
 
 from common.errors import Reason, Unavailable
 from common.sev.secret import SecretEntry
@@ -37,7 +37,12 @@ class Asked(Protocol[S_contra]):
 
     A secret has at least one byte. Of one that is larger than any packet only the beginning need be given, as long as
     that is too large, too.
+
+    Attributes:
+        waits: whether an answer may take time.
     """
+
+    waits: ClassVar[bool]
 
     async def size(self, source: S_contra) -> int:
         """How many bytes the secret has now.

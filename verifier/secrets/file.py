@@ -9,7 +9,7 @@ import errno
 import os
 import stat
 from collections.abc import Callable
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from common.sev.abi import PACKET_MAX_SIZE
 from verifier.documents.sources import FileSource
@@ -20,6 +20,8 @@ _T = TypeVar("_T")
 
 class FileSecrets:
     """Asks files."""
+
+    waits: ClassVar[bool] = False
 
     async def size(self, source: FileSource) -> int:
         """See `Asked`."""

@@ -89,6 +89,8 @@ class Secrets:
         try:
             if asked is None:
                 raise no_answer("no such source is configured")
+            if not asked.waits:
+                return await question(asked, spec.source)
             async with asyncio.timeout(self._time_limit):
                 return await question(asked, spec.source)
         except TimeoutError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from verifier.documents.sources import StoredSource
 from verifier.keys.base import SealingKey, secret_place
@@ -21,6 +21,8 @@ class SecretRows(Protocol):
 
 class StoredSecrets:
     """Asks the store. What it answers is believed as far as it opens: a row in another's place does not."""
+
+    waits: ClassVar[bool] = True
 
     def __init__(self, store: SecretRows, sealing: SealingKey) -> None:
         """Take the store and the key that opens its blobs."""

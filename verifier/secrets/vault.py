@@ -13,7 +13,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 from urllib.parse import urlsplit
 
 import msgspec
@@ -71,6 +71,8 @@ class VaultSettings:
 
 class VaultSecrets:
     """Asks Vault."""
+
+    waits: ClassVar[bool] = True
 
     def __init__(self, settings: VaultSettings) -> None:
         """Take the settings; nothing is read or asked yet.

@@ -62,8 +62,8 @@ class AuditRow:
     body: str
 
     @property
-    def members(self) -> dict[str, object]:
-        """The record as the log's chain hashes it."""
+    def members(self) -> dict[str, str | int | None]:
+        """The record as the log's chain hashes it, and as it is stored: in the order of the columns."""
         return record_fields(
             audit_id=self.audit_id,
             time=self.time,

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from common.audit.chain import record_hash
 from verifier.store.engine import Engine, Row, Transaction, Value
 from verifier.store.rows import AuditRow, Outcome
-from verifier.store.sql_rows import stamp
+from verifier.store.sql_rows import AUDIT_COLUMNS, stamp
 
 
 class Decided(Exception):
@@ -74,13 +74,11 @@ def append(transaction: Transaction, audit: AuditRow) -> None:
     head = transaction.row("SELECT number, hash, time FROM audit_head FOR UPDATE")
     if head is None:
         raise ValueError("the schema begins with a head")
-    number, time = head[0] + 1, stamp(audit.time)
-    digest = record_hash(head[1], number, audit.members)
-    launch_id = None if audit.launch_id is None else str(audit.launch_id)
+    number, time, members = head[0] + 1, stamp(audit.time), audit.members
+    digest = record_hash(head[1], number, members)
     transaction.change(
-        "INSERT INTO audit (number, hash, audit_id, time, event, launch_id, caller, reason, body) "
-        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        *(number, digest, str(audit.audit_id), time, audit.event, launch_id, audit.caller, audit.reason, audit.body),
+        f"INSERT INTO audit (number, hash, {AUDIT_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",  # noqa: S608 -- constants
+        *(number, digest, *members.values()),
     )
     transaction.change(
         "UPDATE audit_head SET number=?, hash=?, time=?",

@@ -22,7 +22,7 @@ from tests.support.repository import ROOT
 TIME = datetime(2026, 3, 1, 12, 0, 0, 250, tzinfo=UTC)
 
 
-def fields(number: int, **changes: Any) -> dict[str, object]:
+def fields(number: int, **changes: Any) -> dict[str, str | int | None]:
     members: dict[str, Any] = {
         "audit_id": UUID(int=number),
         "time": TIME + timedelta(seconds=number),
