@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import lru_cache
+from itertools import islice
 from pathlib import PurePath
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol, TextIO, cast
 from uuid import UUID
 
 import msgspec
@@ -44,6 +45,7 @@ _MAX_ITEMS = 64
 _MAX_DEPTH = 6
 _MAX_FRAMES = 30
 _MAX_COUNT = 1_000_000
+_NUMBERS = frozenset({bool, int, float})
 _ASCII = json.JSONEncoder(ensure_ascii=True, separators=(",", ":"))
 
 
@@ -108,7 +110,7 @@ class _JsonLog:
     def error(self, event: str, **fields: Any) -> None:
         self._write("error", event, fields)
 
-    def _write(self, level: str, event: str, fields: dict[str, Any]) -> None:
+    def _write(self, level: str, event: str, fields: Mapping[Any, object]) -> None:
         line: dict[str, Any] = {
             "time": _timestamp(datetime.now(UTC)),
             "level": level,
@@ -116,7 +118,7 @@ class _JsonLog:
             "event": event[:_MAX_TEXT],
         }
         # A field never replaces one of the line's own.
-        line |= {(name if name not in line else f"{name}_"): _field(name, value) for name, value in fields.items()}
+        line |= {(name if name not in line else f"{name}_"): value for name, value in _fields(fields, 0).items()}
         with suppress(OSError, ValueError):
             self._stream.write(_encode(line))
             self._stream.flush()
@@ -131,12 +133,23 @@ def _encode(line: dict[str, Any]) -> str:
     return _ASCII.encode(line) + "\n"
 
 
-def _field(name: str, value: object, depth: int = 0) -> object:
-    if _is_secret(name):
-        # How many secrets, or whether there is one, is no secret.
-        harmless = value is None or isinstance(value, bool) or (isinstance(value, int) and abs(value) < _MAX_COUNT)
-        return value if harmless else _REDACTED
-    return redact(value, depth)
+def _fields(fields: Mapping[Any, object], depth: int) -> dict[str, object]:
+    """What of some fields may be printed. A release writes fifty, so the plain ones go through no other function."""
+    printed: dict[str, object] = {}
+    for key, value in islice(fields.items(), _MAX_ITEMS):
+        name, kind = str(key), type(value)
+        if _is_secret(name):
+            printed[name] = value if _is_count(value) else _REDACTED
+        elif value is None or kind in _NUMBERS or (kind is str and len(cast("str", value)) <= _MAX_TEXT):
+            printed[name] = value
+        else:
+            printed[name] = redact(value, depth)
+    return printed
+
+
+def _is_count(value: object) -> bool:
+    """How many secrets there are, or whether there is one: that is no secret."""
+    return value is None or isinstance(value, bool) or (isinstance(value, int) and abs(value) < _MAX_COUNT)
 
 
 @lru_cache(maxsize=4096)
@@ -156,7 +169,7 @@ def redact(value: object, depth: int = 0) -> object:
         if isinstance(value, (list, tuple, set, frozenset)):
             return [redact(item, depth + 1) for item in list(value)[:_MAX_ITEMS]]
         if isinstance(value, (dict, Mapping)):  # for a `dict` nobody asks what a Mapping is
-            return {str(k): _field(str(k), v, depth + 1) for k, v in list(value.items())[:_MAX_ITEMS]}
+            return _fields(value, depth + 1)
     return _described(value)
 
 
