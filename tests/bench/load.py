@@ -24,10 +24,10 @@ from uuid import uuid4
 import msgspec
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from common.rpc.client import open_channel
 from common.rpc.tls import ClientTls
+from common.sev.abi import MEASUREMENT_BLOB_SIZE
 from emulator import channel as firmware
 from sevattest.v1 import platform_pb2, verifier_service_pb2, verifier_service_pb2_grpc
 
@@ -62,7 +62,8 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         kind: `launch` is begin and release one after the other, as in life; `begin` and `release` are the halves, of
-            which the second releases what the first has begun; `health` asks the service for nothing.
+            which the second releases what the first has begun; `calls` is both, for a server
+            whose answers mean nothing.
         count: how many.
         at_once: how many are under way at the same time; with a rate, the most.
         rate: begin so many a second, at random moments; None for as soon as the one before has ended.
@@ -93,17 +94,18 @@ class _Load:
     setting: Setting
     pdh: ec.EllipticCurvePrivateKey
     launches: Any
-    health: Any
     begun: deque[tuple[Any, Any]] = field(default_factory=deque)
     begin_ms: list[float] = field(default_factory=list)
     release_ms: list[float] = field(default_factory=list)
 
-    async def ask_health(self, _due: float) -> None:
-        await next(self.health).Check(health_pb2.HealthCheckRequest(), timeout=_TIMEOUT_S)
-
     async def launch(self, due: float) -> None:
         ready = self.measured(*await self.begin(due))
         await self.release(time.monotonic(), ready)
+
+    async def calls(self, due: float) -> None:
+        stub, begun = await self.begin(due)
+        nothing = bytes(MEASUREMENT_BLOB_SIZE)
+        await self.release(time.monotonic(), (stub, self.request(begun, nothing)))
 
     async def begin_half(self, due: float) -> None:
         self.begun.append(await self.begin(due))
@@ -127,13 +129,15 @@ class _Load:
         keys = firmware.open_channel(pdh_key=self.pdh, godh=begun.godh, session=begun.session, policy=begun.policy)
         nonce = os.urandom(16)
         measured = firmware.measure(keys.tik, _API, _BUILD, begun.policy, self.setting.digest, nonce)
-        request = verifier_service_pb2.ReleaseSecretRequest(
+        return stub, self.request(begun, measured + nonce)
+
+    def request(self, begun: Any, blob: bytes) -> Any:
+        return verifier_service_pb2.ReleaseSecretRequest(
             request_id=str(uuid4()),
             launch_id=begun.launch.launch_id,
-            measurement=measured + nonce,
+            measurement=blob,
             firmware=platform_pb2.FirmwareVersion(api_major=_API[0], api_minor=_API[1], build=_BUILD),
         )
-        return stub, request
 
     async def release(self, due: float, ready: tuple[Any, Any]) -> None:
         stub, request = ready
@@ -146,7 +150,7 @@ class _Load:
             "launch": self.launch,
             "begin": self.begin_half,
             "release": self.release_half,
-            "health": self.ask_health,
+            "calls": self.calls,
         }
         step = steps[task.kind]
         if task.kind == "release":
@@ -203,7 +207,6 @@ async def _main(lines: Iterable[str]) -> None:
         setting=setting,
         pdh=pdh,
         launches=itertools.cycle([verifier_service_pb2_grpc.VerifierServiceStub(each) for each in channels]),
-        health=itertools.cycle([health_pb2_grpc.HealthStub(each) for each in channels]),
     )
     for line in lines:
         result = await load.run(msgspec.json.decode(line, type=Task))

@@ -90,6 +90,16 @@ def _measure(name: str, folder: Path, dsn: str | None, workers: int) -> Figures:
     return figures
 
 
+def _measure_bare(folder: Path) -> Figures:
+    """What is left of the bound by gRPC and the messages alone."""
+    figures = Figures(name="no verifier, only gRPC")
+    with serving(make_site(folder, None), 1, bare=True) as site:
+        site.run("calls", _WARM_UP, _AT_ONCE)
+        figures.windows = [site.run("calls", _LAUNCHES, _AT_ONCE) for _ in range(_WINDOWS)]
+        site.end()
+    return figures
+
+
 def _open_bytes(site: Site) -> int:
     before = site.resident()
     site.run("begin", _OPEN, _AT_ONCE)
@@ -103,6 +113,7 @@ def report(folder: Path) -> None:
         f"{'':<24} {'launches/s':>10} {'bound/s':>8} {'CPU, ms':>8} {'of bound':>9} {'keys, ms':>9} {'their part':>10}"
         f" {'p99 at half load, ms':>21} {'10,000 open':>12}"
     )
+    _printed(_measure_bare(folder / "bare"))
     measured = [_printed(_measure("SQLite", folder / "sqlite", None, 1))]
     if find_programs() is None:
         print(MISSING)
@@ -120,16 +131,19 @@ def report(folder: Path) -> None:
 
 
 def _printed(figures: Figures) -> Figures:
-    assert figures.half is not None
-    begin, release = (
-        statistics.quantiles(values, n=100)[98]
-        for values in (figures.half.result.begin_ms, figures.half.result.release_ms)
-    )
-    memory = "" if figures.open_bytes is None else f"{figures.open_bytes / (1 << 20):.1f} MiB"
-    print(
+    line = (
         f"{figures.name:<24} {figures.rate:>10.0f} {1 / figures.bound:>8.0f} {figures.cpu * 1000:>8.2f} "
-        f"{figures.of_bound:>9.3f} {figures.key_seconds * 1000:>9.3f} {figures.key_seconds / figures.cpu:>10.3f} "
-        f"{f'{begin:.1f} + {release:.1f}':>21} {memory:>12}",
-        flush=True,
+        f"{figures.of_bound:>9.3f}"
     )
+    if figures.half is not None:
+        begin, release = (
+            statistics.quantiles(values, n=100)[98]
+            for values in (figures.half.result.begin_ms, figures.half.result.release_ms)
+        )
+        memory = "" if figures.open_bytes is None else f"{figures.open_bytes / (1 << 20):.1f} MiB"
+        line += (
+            f" {figures.key_seconds * 1000:>9.3f} {figures.key_seconds / figures.cpu:>10.3f} "
+            f"{f'{begin:.1f} + {release:.1f}':>21} {memory:>12}"
+        )
+    print(line, flush=True)
     return figures

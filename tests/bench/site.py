@@ -99,14 +99,21 @@ def make_site(folder: Path, dsn: str | None) -> VerifierSite:
 
 
 @contextlib.contextmanager
-def serving(site: VerifierSite, workers: int) -> Iterator[Site]:
-    """Start workers, which watch themselves, and the load generator; all are gone afterwards."""
+def serving(site: VerifierSite, workers: int, *, bare: bool = False) -> Iterator[Site]:
+    """Start workers, which watch themselves, and the load generator; all are gone afterwards.
+
+    Args:
+        site: where.
+        workers: how many.
+        bare: whether each is a server that does no more than it must (`tests.bench.bare`), and watches nothing.
+    """
     with contextlib.ExitStack() as stack:
         started = []
-        seen = [site.folder / f"seen-{number}.json" for number in range(workers)]
+        seen = [] if bare else [site.folder / f"seen-{number}.json" for number in range(workers)]
         for number in range(workers):
             environ = {"SEVATTEST_HEALTH__SOCKET": f"h{number}.sock"}
-            under = [sys.executable, "-m", "tests.bench.watched", str(seen[number])]
+            program = ["tests.bench.bare"] if bare else ["tests.bench.watched", str(seen[number])]
+            under = [sys.executable, "-m", *program]
             started.append(stack.enter_context(site.serve(environ=environ, under=under)))
         load = subprocess.Popen(
             [sys.executable, "-m", "tests.bench.load"],
