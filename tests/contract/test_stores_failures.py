@@ -19,6 +19,8 @@ from common.errors import Reason, Unavailable
 from tests.contract.test_stores import chain_verifies
 from tests.support.eventually import until
 from tests.support.postgres import Server
+from tests.support.private_disk import private_disk
+from tests.support.small_disk import SIZE
 from tests.support.store_rows import audit, opening, release
 from tests.support.stores import Place, count_open, count_released, go
 from verifier.store.engine import Transaction
@@ -77,15 +79,9 @@ async def test_a_process_that_is_killed_at_a_commit_leaves_all_or_nothing(
 
 
 def test_a_full_disk_and_a_read_only_one_are_outages_that_pass(tmp_path: Path) -> None:
-    unshare = ["unshare", "--user", "--map-root-user", "--mount"]
-    try:
-        able = subprocess.run([*unshare, "mount", "-t", "tmpfs", "tmpfs", tmp_path], capture_output=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("no unshare on this machine: install the Debian package `util-linux`")
-    if able.returncode != 0:
-        pytest.skip("this machine lets nobody mount a file system in a name space of their own")
-    command = [*unshare, sys.executable, "-m", "tests.support.small_disk", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    with private_disk(tmp_path / "disk", SIZE) as disk:
+        command = [*disk.enter, sys.executable, "-m", "tests.support.small_disk", str(disk.folder)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout.split() == ["full", "kept", "DONE", "read-only", "DONE"], done.stderr
 
 

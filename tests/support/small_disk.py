@@ -1,7 +1,6 @@
 """A SQLite store on a real disk of two megabytes: what becomes of it when the disk is full, and when it is read-only.
 
-A program for `unshare --user --map-root-user --mount`, which lets it mount a file system that nobody else sees. It
-prints what it found, a word a line.
+A program for the inside of a `private_disk` of `SIZE` bytes. It prints what it found, a word a line.
 """
 
 from __future__ import annotations
@@ -68,6 +67,5 @@ async def freeze(disk: Path) -> None:
 
 if __name__ == "__main__":
     where = Path(sys.argv[1])
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(where)], check=True)
     asyncio.run(fill(where))
     asyncio.run(freeze(where))
