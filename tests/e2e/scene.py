@@ -143,8 +143,24 @@ class Scene:
             await until(said, BOOT_SECONDS)
         except TimeoutError:
             tail = self.bench.stack.serial(guest)[-600:]
-            raise AssertionError(f"{guest} never said {text!r}; the last of what it said: {tail!r}") from None
+            raise AssertionError(
+                f"{guest} never said {text!r}; the last of what it said: {tail!r}; its vCPUs: {self._vcpus(guest)}"
+            ) from None
         return self.bench.stack.serial(guest)
+
+    def _vcpus(self, guest: str) -> str:
+        """Where a guest's vCPUs stand, at three looks: whether it loops, waits or was never scheduled."""
+        session = next((each.session for each in self.outcomes if each.order.guest == guest), None)
+        if session is None or self.pid_below(guest) is None:
+            return "none"
+        looks = []
+        with self.monitor(session.launch_id) as machine:
+            for _ in range(3):
+                registers = machine.ask("human-monitor-command", command_line="info registers -a")
+                stand = re.findall(r"[RE]IP=[0-9a-f]+ [RE]FL=\S+|HLT=\d", registers)
+                looks.append(f"{' '.join(stand)}, {_cpu_seconds(self.pid_below(guest)):.1f} s of CPU")
+                time.sleep(_LOOK_SECONDS)
+        return "; ".join(looks)
 
     def refused(self, outcome: Outcome, step: Step, reason: Reason) -> None:
         """The launch must have been refused at this step for this reason, before its guest ran, and be ended."""
