@@ -12,14 +12,16 @@ import asyncio
 import gc
 import os
 import signal
+import time
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from uuid import uuid4
+from uuid import UUID
 
 from common.clock import Clock, SystemClock
 from common.errors import InvalidInput, Reason, SevattestError
+from common.ids import ordered_uuid
 from common.rpc.server import Limits, Server
 from common.telemetry.log import Log
 from verifier import admin_service, chores, parts, service
@@ -190,6 +192,10 @@ class App:
     async def _dependencies(self, server: Server) -> Dependencies:
         world, config = self._world, self._config
         identities = await load_identities(self._store, self._keyring, world.random, self._log)
+
+        def new_id() -> UUID:
+            return ordered_uuid(time.time_ns(), world.random(8))
+
         return Dependencies(
             store=self._store,
             library=self._library,
@@ -201,9 +207,9 @@ class App:
             issuer=str(server.identity),
             secrets=parts.make_secrets(config, self._store, self._keyring, world.random, self._log),
             time=Timekeeper(world.clock, self._store.last_time),
-            records=Recorder(self._log, uuid4),
+            records=Recorder(self._log, new_id),
             random=world.random,
-            new_id=uuid4,
+            new_id=new_id,
             open_cap=config.limits.open_launches,
             single_ca=server.single_ca,
             on_step=world.on_step,

@@ -75,7 +75,7 @@ class Dependencies:
         time: the time that launches live by.
         records: makes audit records.
         random: gives random bytes.
-        new_id: gives launch ids: random UUIDs.
+        new_id: gives launch ids, never one twice.
         open_cap: open launches that one caller may have.
         single_ca: whether one CA stands for both sites, which receipts say.
         on_step: called between steps; only crash tests pass one.
