@@ -37,6 +37,21 @@ class Pair:
     cert: Path
     key: Path
 
+    def copy_to(self, folder: Path) -> Pair:
+        """The same in files of a test's own, which it may renew."""
+        own = Pair(cert=folder / "own.pem", key=folder / "own.key")
+        renew(own.cert, self.cert.read_bytes())
+        renew(own.key, self.key.read_bytes())
+        return own
+
+
+def renew(path: Path, content: bytes) -> None:
+    """Put a file, for its owner's eyes alone, in the place of what may be there, as a renewal does."""
+    fresh = path.with_name("fresh")
+    fresh.touch(mode=0o600)
+    fresh.write_bytes(content)
+    fresh.replace(path)
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Authority:

@@ -20,7 +20,7 @@ from common.clock import SystemClock
 from common.errors import InvalidInput, Reason
 from common.rpc.identity import Role
 from common.rpc.tls import CertificateWatch, ClientTls, ServerTls, load_client, load_server, single_ca
-from tests.support.pki import DATACENTER_DOMAIN, Pair, Pki, hostile_pem
+from tests.support.pki import DATACENTER_DOMAIN, Pair, Pki, hostile_pem, renew
 from tests.support.recording_log import RecordingLog
 from tests.support.rpc import SettableClock
 
@@ -235,34 +235,19 @@ def test_no_key_is_in_what_a_material_prints(pki: Pki) -> None:
     assert "PRIVATE" not in repr(material)
 
 
-def _own(pair: Pair, folder: Path) -> Pair:
-    own = Pair(cert=folder / "own.pem", key=folder / "own.key")
-    own.key.touch(mode=0o600)
-    own.cert.write_bytes(pair.cert.read_bytes())
-    own.key.write_bytes(pair.key.read_bytes())
-    return own
-
-
-def _put(content: bytes, path: Path) -> None:
-    fresh = path.with_name("fresh")
-    fresh.touch(mode=0o600)
-    fresh.write_bytes(content)
-    fresh.replace(path)
-
-
 def test_a_watch_takes_a_good_change_and_keeps_the_last_good_over_a_bad_one(pki: Pki, tmp_path: Path) -> None:
     first, second = pki.forge(Role.AGENT, name="first"), pki.forge(Role.AGENT, name="second")
-    own = _own(first, tmp_path)
+    own = first.copy_to(tmp_path)
     log = RecordingLog()
     watch = CertificateWatch(_with_pair(pki, own), log=log)
     assert not watch.poll()
-    _put(b"junk", own.cert)
+    renew(own.cert, b"junk")
     assert not watch.poll()
     assert not watch.poll()  # said once, not at every look
     assert (watch.material.identity.name, watch.healthy) == ("first", False)
-    _put(second.key.read_bytes(), own.key)
+    renew(own.key, second.key.read_bytes())
     assert not watch.poll()
-    _put(second.cert.read_bytes(), own.cert)
+    renew(own.cert, second.cert.read_bytes())
     assert watch.poll()
     assert (watch.material.identity.name, watch.healthy) == ("second", True)
     own.cert.unlink()
@@ -282,15 +267,15 @@ def test_each_listener_is_given_new_files_once_and_never_the_same_ones_again(
         fetchers.append(fetch)
 
     monkeypatch.setattr(grpc, "dynamic_ssl_server_credentials", credentials)
-    own = _own(pki.forge(Role.AGENT, name="first"), tmp_path)
+    own = pki.forge(Role.AGENT, name="first").copy_to(tmp_path)
     watch = CertificateWatch(_with_pair(pki, own), log=RecordingLog())
     watch.credentials()
     watch.credentials()
     # What gRPC is given again it builds again, under the hands of connections that are being made: it crashes.
     assert [fetch() for fetch in fetchers * 2] == [None] * 4
     second = pki.forge(Role.AGENT, name="second")
-    _put(second.key.read_bytes(), own.key)
-    _put(second.cert.read_bytes(), own.cert)
+    renew(own.key, second.key.read_bytes())
+    renew(own.cert, second.cert.read_bytes())
     assert watch.poll()
     first_time, again = [fetch() for fetch in fetchers], [fetch() for fetch in fetchers]
     assert [type(each) for each in first_time] == [grpc.ServerCertificateConfiguration] * 2
@@ -299,13 +284,13 @@ def test_each_listener_is_given_new_files_once_and_never_the_same_ones_again(
 
 def test_a_certificate_that_starts_later_is_taken_when_it_starts(pki: Pki, tmp_path: Path) -> None:
     clock = SettableClock()
-    own = _own(pki.forge(Role.AGENT, name="first", ends=timedelta(days=2)), tmp_path)
+    own = pki.forge(Role.AGENT, name="first", ends=timedelta(days=2)).copy_to(tmp_path)
     log = RecordingLog()
     watch = CertificateWatch(_with_pair(pki, own), log=log, clock=clock)
     # Whoever issued it has a clock that is ahead of ours.
     later = pki.forge(Role.AGENT, name="later", starts=timedelta(minutes=10), ends=timedelta(days=2))
-    _put(later.key.read_bytes(), own.key)
-    _put(later.cert.read_bytes(), own.cert)
+    renew(own.key, later.key.read_bytes())
+    renew(own.cert, later.cert.read_bytes())
     assert [watch.poll() for _ in range(3)] == [False] * 3
     assert (watch.material.identity.name, watch.healthy) == ("first", False)
     clock.advance(timedelta(minutes=11))
@@ -318,17 +303,17 @@ def test_a_change_of_the_callers_authority_is_taken(pki: Pki, tmp_path: Path) ->
     bundle = tmp_path / "callers.pem"
     bundle.write_bytes(pki.datacenter_ca.read_bytes())
     watch = CertificateWatch(pki.server_tls(Role.AGENT, client_ca=bundle), log=RecordingLog())
-    _put(bundle.read_bytes() + pki.write_authority(pki.stranger()).read_bytes(), bundle)
+    renew(bundle, bundle.read_bytes() + pki.write_authority(pki.stranger()).read_bytes())
     assert watch.poll()
     assert len(watch.material.authorities) == 2
 
 
 def test_a_change_to_another_trust_domain_is_not_taken(pki: Pki, tmp_path: Path) -> None:
-    own = _own(pki.forge(Role.AGENT, name="first"), tmp_path)
+    own = pki.forge(Role.AGENT, name="first").copy_to(tmp_path)
     watch = CertificateWatch(_with_pair(pki, own), log=RecordingLog())
     foreign = pki.forge(Role.AGENT, domain="elsewhere.example")
-    _put(foreign.key.read_bytes(), own.key)
-    _put(foreign.cert.read_bytes(), own.cert)
+    renew(own.key, foreign.key.read_bytes())
+    renew(own.cert, foreign.cert.read_bytes())
     assert not watch.poll()
     assert watch.material.identity.trust_domain == DATACENTER_DOMAIN
 
