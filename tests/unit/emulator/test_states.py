@@ -13,7 +13,7 @@ from emulator.errors import FirmwareFailed
 from emulator.guest_state import GuestCommand
 from emulator.platform_state import PlatformCommand
 from emulator.psp import Psp
-from tests.support.software_psp import make_owner
+from tests.support.software_psp import started
 
 G, P = GuestCommand, PlatformCommand
 GUEST_ALLOWED = {
@@ -70,10 +70,7 @@ def test_the_platform_moves_as_the_specification_says(state: PlatformState, comm
 
 
 def _guest_in(psp: Psp, state: GuestState) -> int:
-    psp.init()
-    owner = make_owner(psp, 0x7)
-    handle = psp.launch_start(policy=0x7, godh=owner.godh, session=owner.session)
-    psp.activate(handle, 1)
+    handle, owner = started(psp)
     if state is GuestState.LUPDATE:
         return handle
     measurement = psp.launch_measure(handle, 48)[:32]
