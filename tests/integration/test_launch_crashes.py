@@ -17,7 +17,7 @@ from common.ids import step_request_id
 from orchestrator.demo.processes import Service
 from orchestrator.demo.site import GUEST, HostPlay
 from orchestrator.demo.stack import Stack
-from orchestrator.flow import Outcome, Patience, Step
+from orchestrator.flow import Order, Outcome, Patience, Step
 from tests.support.stack import Crash, Sides, order, running_stack, sides
 
 STEPS = list(Step)
@@ -45,6 +45,12 @@ def service_of(stack: Stack, name: str) -> Service:
     return {"agent": stack.agent, "verifier": stack.verifier}[name]
 
 
+def crash_and_return(stack: Stack, name: str) -> None:
+    service = service_of(stack, name)
+    service.kill()
+    stack.restart(service)
+
+
 async def check_attested_once(both: Sides, outcome: Outcome, crash: Crash) -> None:
     """The guest runs, has read the owner's secret once, and nobody gets it in another form."""
     assert outcome.error is None, outcome.error
@@ -61,23 +67,23 @@ async def check_attested_once(both: Sides, outcome: Outcome, crash: Crash) -> No
     assert await both.host.state(outcome.session.launch_id, within=20) == "resumed"
 
 
+async def launch_once(both: Sides, asked: Order, crash: Crash) -> Outcome:
+    """Launch, check that the guest is attested whatever crashed, and end it."""
+    outcome = await both.launch(asked, crash=crash).run()
+    try:
+        await check_attested_once(both, outcome, crash)
+    finally:
+        await both.end(outcome)
+    return outcome
+
+
 @pytest.mark.parametrize("name", ["agent", "verifier"])
 @pytest.mark.parametrize("step", STEPS)
 async def test_a_service_killed_before_a_step_and_restarted_leaves_one_attested_guest(
     both: Sides, name: str, step: Step
 ) -> None:
-    service = service_of(both.stack, name)
-
-    def crash_and_return() -> None:
-        service.kill()
-        both.stack.restart(service)
-
-    crash = Crash(before={step: crash_and_return})
-    outcome = await both.launch(order(GUEST), crash=crash).run()
-    try:
-        await check_attested_once(both, outcome, crash)
-    finally:
-        await both.end(outcome)
+    crash = Crash(before={step: lambda: crash_and_return(both.stack, name)})
+    await launch_once(both, order(GUEST), crash)
 
 
 @pytest.mark.parametrize(
@@ -94,19 +100,9 @@ async def test_a_service_killed_before_a_step_and_restarted_leaves_one_attested_
 async def test_a_service_killed_before_its_answer_arrives_answers_the_repeat_alike(
     both: Sides, name: str, step: Step
 ) -> None:
-    service = service_of(both.stack, name)
-
-    def crash_and_return() -> None:
-        service.kill()
-        both.stack.restart(service)
-
-    crash = Crash(after={step: crash_and_return})
-    outcome = await both.launch(order(GUEST), crash=crash).run()
-    try:
-        await check_attested_once(both, outcome, crash)
-        assert next(result.attempts for result in outcome.steps if result.step is step) > 1
-    finally:
-        await both.end(outcome)
+    crash = Crash(after={step: lambda: crash_and_return(both.stack, name)})
+    outcome = await launch_once(both, order(GUEST), crash)
+    assert next(result.attempts for result in outcome.steps if result.step is step) > 1
 
 
 @pytest.mark.parametrize("name", ["agent", "verifier"])
@@ -142,13 +138,7 @@ async def test_a_service_killed_in_the_middle_of_whatever_it_does_breaks_no_prom
     both: Sides, name: str, after: float
 ) -> None:
     # Where in the launch this falls differs from run to run; what must hold holds everywhere.
-    service = service_of(both.stack, name)
-
-    def crash_and_return() -> None:
-        service.kill()
-        both.stack.restart(service)
-
-    timer = threading.Timer(after, crash_and_return)
+    timer = threading.Timer(after, crash_and_return, [both.stack, name])
     crash = Crash()
     timer.start()
     try:
@@ -171,14 +161,9 @@ async def test_a_service_killed_in_the_middle_of_whatever_it_does_breaks_no_prom
 async def test_an_orchestrator_killed_after_a_step_goes_on_under_the_same_request_id(both: Sides, last: Step) -> None:
     asked = order(GUEST)
     session = await both.steps(asked, last)
-    crash = Crash()
-    outcome = await both.launch(asked, crash=crash).run()
-    try:
-        await check_attested_once(both, outcome, crash)
-        if session:
-            assert outcome.session == session
-    finally:
-        await both.end(outcome)
+    outcome = await launch_once(both, asked, Crash())
+    if session:
+        assert outcome.session == session
 
 
 async def test_a_machine_that_dies_paused_ends_the_launch_and_releases_nothing(both: Sides) -> None:

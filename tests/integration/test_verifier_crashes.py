@@ -10,8 +10,8 @@ import signal
 import sqlite3
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,8 @@ import psycopg
 import pytest
 
 from common.errors import OutcomeUnknown, Reason, SevattestError
-from common.rpc.client import call
 from sevattest.v1 import platform_pb2, verifier_service_pb2
-from tests.integration.test_verifier_service import begin, measured, release
+from tests.integration.test_verifier_service import ask, begin, measured, release
 from tests.support.chains import fresh_ca, make_platform
 from tests.support.documents import grant, workload, write_document
 from tests.support.postgres import Server
@@ -81,6 +80,13 @@ class Place:
     def serve(self, die_at: str | None = None) -> Fork:
         """A verifier."""
         return self.forks.serve(self.site, die_at=die_at, ahead=self.ahead)
+
+    @asynccontextmanager
+    async def reached(self, die_at: str | None = None) -> AsyncIterator[tuple[Fork, Any]]:
+        """A verifier, and what its callers ask it by."""
+        with self.serve(die_at) as fork:
+            async with self.site.channel(fork.address) as channel:
+                yield fork, self.site.stub(channel)
 
     def begin(self, **changes: Any) -> Any:
         """A request to begin."""
@@ -157,10 +163,6 @@ def before(place: Place) -> Before:
     return Before(place=place, ledger=place.ledger(), events=place.events())
 
 
-async def ask(method: Any, request: Any) -> Any:
-    return await call(method, request, timeout=20, mutating=True)
-
-
 async def refused(method: Any, request: Any) -> Reason:
     with pytest.raises(SevattestError) as caught:
         await ask(method, request)
@@ -177,16 +179,13 @@ async def killed(dying: Fork, method: Any, request: Any) -> None:
 @pytest.mark.parametrize("step", BEGIN_STEPS)
 async def test_a_begin_that_was_killed_is_one_launch_after_its_repeat(place: Place, before: Before, step: str) -> None:
     site, request = place.site, place.begin()
-    with place.serve(step) as dying:
-        async with site.channel(dying.address) as channel:
-            await killed(dying, site.stub(channel).BeginLaunch, request)
+    async with place.reached(step) as (dying, stub):
+        await killed(dying, stub.BeginLaunch, request)
     before.came(still_open=BEGIN_STEPS[step], begun=BEGIN_STEPS[step])
-    with place.serve() as serving:
-        async with site.channel(serving.address) as channel:
-            stub = site.stub(channel)
-            begun = await ask(stub.BeginLaunch, request)
-            before.came(still_open=1, begun=1)
-            assert (await ask(stub.ReleaseSecret, release(begun, measured(site, begun)))).payload
+    async with place.reached() as (_, stub):
+        begun = await ask(stub.BeginLaunch, request)
+        before.came(still_open=1, begun=1)
+        assert (await ask(stub.ReleaseSecret, release(begun, measured(site, begun)))).payload
     before.came(released=1, begun=1)
 
 
@@ -195,23 +194,19 @@ async def test_a_release_that_was_killed_is_one_packet_after_its_repeat(
     place: Place, before: Before, step: str
 ) -> None:
     site, done = place.site, RELEASE_STEPS[step]
-    with place.serve(step) as dying:
-        async with site.channel(dying.address) as channel:
-            stub = site.stub(channel)
-            begun = await ask(stub.BeginLaunch, place.begin())
-            request = release(begun, measured(site, begun))
-            await killed(dying, stub.ReleaseSecret, request)
+    async with place.reached(step) as (dying, stub):
+        begun = await ask(stub.BeginLaunch, place.begin())
+        request = release(begun, measured(site, begun))
+        await killed(dying, stub.ReleaseSecret, request)
     before.came(still_open=not done, released=done, begun=1)
     shown_at = verifier_service_pb2.VerifierServiceGetLaunchRequest(launch_id=begun.launch.launch_id)
-    with place.serve() as serving:
-        async with site.channel(serving.address) as channel:
-            stub = site.stub(channel)
-            shown = await ask(stub.GetLaunch, shown_at)
-            assert (shown.launch.state == verifier_service_pb2.LAUNCH_STATE_RELEASED) is done
-            first = await ask(stub.ReleaseSecret, request)
-            assert await ask(stub.ReleaseSecret, request) == first
-            second_start = release(begun, measured(site, begun))
-            assert await refused(stub.ReleaseSecret, second_start) is Reason.ALREADY_RELEASED
+    async with place.reached() as (_, stub):
+        shown = await ask(stub.GetLaunch, shown_at)
+        assert (shown.launch.state == verifier_service_pb2.LAUNCH_STATE_RELEASED) is done
+        first = await ask(stub.ReleaseSecret, request)
+        assert await ask(stub.ReleaseSecret, request) == first
+        second_start = release(begun, measured(site, begun))
+        assert await refused(stub.ReleaseSecret, second_start) is Reason.ALREADY_RELEASED
     before.came(released=1, begun=1)
 
 
@@ -220,20 +215,16 @@ async def test_a_refusal_that_was_killed_releases_nothing_after_its_repeat(
     place: Place, before: Before, step: str
 ) -> None:
     site, done = place.site, REFUSE_STEPS[step]
-    with place.serve(step) as dying:
-        async with site.channel(dying.address) as channel:
-            stub = site.stub(channel)
-            begun = await ask(stub.BeginLaunch, place.begin())
-            # Of a guest that was started without the session, which is explained before all else.
-            request = release(begun, measured(site, begun, tik=bytes(16)))
-            await killed(dying, stub.ReleaseSecret, request)
+    async with place.reached(step) as (dying, stub):
+        begun = await ask(stub.BeginLaunch, place.begin())
+        # Of a guest that was started without the session, which is explained before all else.
+        request = release(begun, measured(site, begun, tik=bytes(16)))
+        await killed(dying, stub.ReleaseSecret, request)
     before.came(still_open=not done, refused=done, begun=1)
-    with place.serve() as serving:
-        async with site.channel(serving.address) as channel:
-            stub = site.stub(channel)
-            assert await refused(stub.ReleaseSecret, request) is Reason.MEASUREMENT_REFUSED
-            good = release(begun, measured(site, begun))
-            assert await refused(stub.ReleaseSecret, good) is Reason.LAUNCH_REFUSED
+    async with place.reached() as (_, stub):
+        assert await refused(stub.ReleaseSecret, request) is Reason.MEASUREMENT_REFUSED
+        good = release(begun, measured(site, begun))
+        assert await refused(stub.ReleaseSecret, good) is Reason.LAUNCH_REFUSED
     before.came(refused=1, begun=1)
 
 
@@ -242,22 +233,16 @@ async def test_giving_up_that_was_killed_returns_one_reservation_after_its_repea
     place: Place, before: Before, step: str
 ) -> None:
     site, done = place.site, ABANDON_STEPS[step]
-    with place.serve(step) as dying:
-        async with site.channel(dying.address) as channel:
-            stub = site.stub(channel)
-            begun = await ask(stub.BeginLaunch, place.begin())
-            request = verifier_service_pb2.AbandonLaunchRequest(
-                request_id=str(uuid4()), launch_id=begun.launch.launch_id
-            )
-            await killed(dying, stub.AbandonLaunch, request)
+    async with place.reached(step) as (dying, stub):
+        begun = await ask(stub.BeginLaunch, place.begin())
+        request = verifier_service_pb2.AbandonLaunchRequest(request_id=str(uuid4()), launch_id=begun.launch.launch_id)
+        await killed(dying, stub.AbandonLaunch, request)
     before.came(still_open=not done, abandoned=done, begun=1)
-    with place.serve() as serving:
-        async with site.channel(serving.address) as channel:
-            stub = site.stub(channel)
-            shown = await ask(stub.AbandonLaunch, request)
-            assert shown.launch.state == verifier_service_pb2.LAUNCH_STATE_ABANDONED
-            good = release(begun, measured(site, begun))
-            assert await refused(stub.ReleaseSecret, good) is Reason.LAUNCH_ABANDONED
+    async with place.reached() as (_, stub):
+        shown = await ask(stub.AbandonLaunch, request)
+        assert shown.launch.state == verifier_service_pb2.LAUNCH_STATE_ABANDONED
+        good = release(begun, measured(site, begun))
+        assert await refused(stub.ReleaseSecret, good) is Reason.LAUNCH_ABANDONED
     before.came(abandoned=1, begun=1)
 
 
@@ -266,18 +251,16 @@ async def test_expiry_that_was_killed_returns_one_reservation_at_the_next_start(
     place: Place, before: Before, step: str
 ) -> None:
     site, done = place.site, EXPIRE_STEPS[step]
-    with place.serve() as serving:
-        async with site.channel(serving.address) as channel:
-            begun = await ask(site.stub(channel).BeginLaunch, place.begin())
+    async with place.reached() as (_, stub):
+        begun = await ask(stub.BeginLaunch, place.begin())
     before.came(still_open=1, begun=1)
     place.ahead += LATER_S
     with place.serve(step) as dying:
         assert await dying.wait_dead() == -signal.SIGKILL
     before.came(still_open=not done, expired=done, begun=1)
-    with place.serve() as serving:
-        async with site.channel(serving.address) as channel:
-            late = release(begun, measured(site, begun))
-            assert await refused(site.stub(channel).ReleaseSecret, late) is Reason.LAUNCH_EXPIRED
+    async with place.reached() as (_, stub):
+        late = release(begun, measured(site, begun))
+        assert await refused(stub.ReleaseSecret, late) is Reason.LAUNCH_EXPIRED
     before.came(expired=1, begun=1)
 
 
@@ -285,16 +268,14 @@ async def test_expiry_that_was_killed_returns_one_reservation_at_the_next_start(
 async def test_a_refused_begin_that_was_killed_is_refused_after_its_repeat(
     place: Place, before: Before, step: str
 ) -> None:
-    site, done = place.site, RECORD_STEPS[step]
+    done = RECORD_STEPS[step]
     forged = make_platform(ca=fresh_ca()).chain.to_bytes()
     request = place.begin(platform=platform_pb2.PlatformEvidence(chain=forged))
-    with place.serve(step) as dying:
-        async with site.channel(dying.address) as channel:
-            await killed(dying, site.stub(channel).BeginLaunch, request)
+    async with place.reached(step) as (dying, stub):
+        await killed(dying, stub.BeginLaunch, request)
     before.came(begin_refused=done)
-    with place.serve() as serving:
-        async with site.channel(serving.address) as channel:
-            assert await refused(site.stub(channel).BeginLaunch, request) is Reason.UNTRUSTED_ROOT
+    async with place.reached() as (_, stub):
+        assert await refused(stub.BeginLaunch, request) is Reason.UNTRUSTED_ROOT
     before.came(begin_refused=1 + done)
 
 
@@ -304,20 +285,17 @@ async def test_what_a_killed_process_left_unsaid_spends_no_more_than_the_grant_h
     """Three launches at once: killed at the commit of each, and only without a grant there is a fourth."""
     site, requests = place.site, [place.begin() for _ in range(3)]
     for request in requests:
-        with place.serve("open:after-commit") as dying:
-            async with site.channel(dying.address) as channel:
-                await killed(dying, site.stub(channel).BeginLaunch, request)
-    with place.serve() as serving:
-        async with site.channel(serving.address) as channel:
-            stub = site.stub(channel)
-            fourth = place.begin()
-            if place.grant:
-                assert await refused(stub.BeginLaunch, fourth) is Reason.GRANT_BUSY
-            else:
-                requests.append(fourth)
-            for request in requests:
-                begun = await ask(stub.BeginLaunch, request)
-                await ask(stub.ReleaseSecret, release(begun, measured(site, begun)))
+        async with place.reached("open:after-commit") as (dying, stub):
+            await killed(dying, stub.BeginLaunch, request)
+    async with place.reached() as (_, stub):
+        fourth = place.begin()
+        if place.grant:
+            assert await refused(stub.BeginLaunch, fourth) is Reason.GRANT_BUSY
+        else:
+            requests.append(fourth)
+        for request in requests:
+            begun = await ask(stub.BeginLaunch, request)
+            await ask(stub.ReleaseSecret, release(begun, measured(site, begun)))
     before.came(released=len(requests), begun=len(requests))
 
 
