@@ -42,6 +42,7 @@ from verifier.appraisal.appraise import appraise_launch, appraise_standing
 from verifier.appraisal.evidence import Finding
 from verifier.appraisal.explain import NOT_SEARCHED, Account, account_for, account_for_replay
 from verifier.appraisal.reference import Reference, Terms, decode_terms
+from verifier.appraisal.rules import STANDING_RULES
 from verifier.keys.base import launch_place
 from verifier.launches import ledger
 from verifier.launches.broker import JUDGED_MAX
@@ -63,7 +64,18 @@ from verifier.launches.steps import (
 from verifier.library.documents import Documents
 from verifier.secrets.receipt import receipt_claims
 from verifier.secrets.release import LISTED, NOT_MEASURED, build_packet, generated_secrets
-from verifier.store.rows import AuditRow, Known, LaunchRow, Move, Outcome, Packet, PdhSighting, RequestKey, RequestRow
+from verifier.store.rows import (
+    AuditRow,
+    Known,
+    LaunchRow,
+    Move,
+    Outcome,
+    Packet,
+    PdhSighting,
+    RequestKey,
+    RequestRow,
+    Spending,
+)
 
 REPEATS = timedelta(hours=24)
 EMULATED = "emulated"
@@ -289,6 +301,8 @@ class Releaser:
 
     async def _refuse(self, case: _Case, findings: Sequence[Finding], *, proven: bool) -> None:
         row, reason, firmware = case.row, findings[0].reason, case.request.firmware
+        # What the owner has taken back since is not the host's doing, and suspends no grant.
+        blamed = any(finding.rule not in STANDING_RULES for finding in findings)
         account = await self._account(case, findings)
         audit = self._d.records.row(
             AuditEvent.REFUSED,
@@ -315,24 +329,24 @@ class Releaser:
             request=RequestRow(key=case.key, content=case.content, launch_id=row.launch_id),
             audit=audit,
             revision=case.documents.revision,
-            spending=settle(row, ledger.refused),
+            spending=settle(row, ledger.refused if blamed else ledger.returned),
             firmware=firmware,
             sighting=PdhSighting(pdh_fingerprint=row.pdh_fingerprint, firmware=firmware) if proven else None,
         )
         outcome = await self._commit(move)
         if outcome is Outcome.LOST:
-            await self._refuse_late(row, audit)
+            await self._refuse_late(row, audit, settle(row, ledger.refused_late) if blamed else None)
         elif outcome is not Outcome.DONE:
             return
         raise refusal_for(findings, audit.audit_id)
 
-    async def _refuse_late(self, row: LaunchRow, audit: AuditRow) -> None:
+    async def _refuse_late(self, row: LaunchRow, audit: AuditRow, spending: Spending | None) -> None:
         """Record and count the refusal of a launch that ended otherwise meanwhile."""
         now = await self._d.store.launch(row.launch_id)
         if now is None or now.state == State.REFUSED:
             raise ended(State.REFUSED)
         late = replace(audit, event=AuditEvent.REFUSED_LATE.value)
-        await self._d.store.record(late, settle(row, ledger.refused_late))
+        await self._d.store.record(late, spending)
         self._d.time.stored(late.time)
         self._d.records.log(late)
 

@@ -172,6 +172,30 @@ async def test_refusals_are_counted_and_suspend_the_grant(tmp_path: Path) -> Non
         assert await reason(d.begin()) is Reason.GRANT_SUSPENDED
 
 
+async def test_launches_that_a_kill_switch_stops_suspend_nothing_once_it_is_lifted(tmp_path: Path) -> None:
+    async with desk(tmp_path, content=owned(grant(refusals=1))) as d:
+        begun = [await d.begin() for _ in range(2)]
+        d.write(grant(version="2", refusals=1, suspended=True))
+        await d.library.load()
+        for each in begun:
+            blob = d.start(each).measure((await d.digests())[0])
+            assert await reason(d.release(each.launch.launch_id, blob)) is Reason.GRANT_SUSPENDED
+        assert await d.store.ledger("g") == LedgerRow()
+        d.write(grant(version="3", refusals=1))
+        await d.library.load()
+        await released(d, await d.begin())
+
+
+async def test_a_measurement_that_is_refused_counts_beside_a_kill_switch_too(tmp_path: Path) -> None:
+    async with desk(tmp_path, content=owned(grant())) as d:
+        begun = await d.begin()
+        d.write(grant(version="2", suspended=True))
+        await d.library.load()
+        blob = d.start(begun).measure(bytes(32))
+        assert await reason(d.release(begun.launch.launch_id, blob)) is Reason.GRANT_SUSPENDED
+        assert await d.store.ledger("g") == LedgerRow(refused=1)
+
+
 async def test_a_new_version_changes_the_limits_and_not_what_was_spent(tmp_path: Path) -> None:
     async with desk(tmp_path, content=owned(grant(launches=1))) as d:
         await released(d, await d.begin())
@@ -286,7 +310,7 @@ async def test_the_kill_switch_stops_a_launch_that_has_begun(tmp_path: Path, how
         blob = d.start(begun).measure((await d.digests())[0])
         assert await reason(d.release(begun.launch.launch_id, blob)) is Reason.GRANT_SUSPENDED
         assert last(d)[1]["findings"][0]["rule"] == "launch.grant"
-        assert await d.store.ledger("g") == LedgerRow(released=1, refused=1)
+        assert await d.store.ledger("g") == LedgerRow(released=1)
 
 
 @pytest.mark.parametrize("what", ["ceks", "chips", "generations", "firmware", "ocas", "workloads"])
@@ -359,7 +383,7 @@ async def test_documents_that_change_while_a_launch_is_judged_are_judged_again(t
         assert await reason(releaser.release(request)) is Reason.GRANT_SUSPENDED
         assert pulled == 1
         assert (await d.broker.get(CALLER, begun.launch.launch_id)).state == "refused"
-        assert await d.store.ledger("stored") == LedgerRow(refused=1)
+        assert await d.store.ledger("stored") == LedgerRow()
 
 
 async def test_keys_that_were_used_under_older_firmware_are_refused_after_an_update(tmp_path: Path) -> None:
