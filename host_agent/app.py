@@ -19,9 +19,13 @@ from pathlib import Path
 from common.clock import Clock, SystemClock
 from common.errors import SevattestError
 from common.rpc.server import Server
+from common.telemetry.endpoint import Endpoint
 from common.telemetry.log import Log
+from common.telemetry.metrics import UNMEASURED, Meter, Reading
+from host_agent import metrics
 from host_agent.config import AgentConfig, DeviceTable
 from host_agent.devices import Device, open_device
+from host_agent.devices.counted import CountedDevice
 from host_agent.devices.qmp import QmpDevice
 from host_agent.hypervisors import unit
 from host_agent.hypervisors.fleet import Fleet
@@ -29,6 +33,7 @@ from host_agent.hypervisors.qmp import monitor
 from host_agent.launches.custody import Custody, Observer
 from host_agent.launches.ledger import Ledger
 from host_agent.launches.runner import Runner
+from host_agent.launches.state import LaunchState
 from host_agent.launches.supervisor import Supervisor
 from host_agent.service import HostAgentService, add_HostAgentServiceServicer_to_server
 from host_agent.store.folders import LaunchFolders
@@ -51,6 +56,7 @@ class Agent:
     runner: Runner
     supervisor: Supervisor
     server: Server
+    metrics: Endpoint | None
     log: Log
 
 
@@ -71,8 +77,10 @@ def build(config: AgentConfig, *, log: Log, clock: Clock | None = None, observe:
     def note(point: str, launch_id: object, /) -> None:
         log.info("launch.step", step=point, launch_id=launch_id)
 
+    endpoint = None if config.metrics is None else Endpoint(config.metrics, log)
+    meter = UNMEASURED if endpoint is None else endpoint.meter
     folders = LaunchFolders(config.state_dir)
-    ledger = Ledger(folders)
+    ledger = Ledger(folders, meter)
     custody = Custody(ledger=ledger, clock=clock, log=log, observe=observe or note)
     hypervisor = Fleet(
         config.definitions(),
@@ -81,15 +89,21 @@ def build(config: AgentConfig, *, log: Log, clock: Clock | None = None, observe:
         libvirt=config.libvirt_settings(),
         lock_limit=config.lock_limit(),
     )
-    device = make_device(config.device)
+    device = CountedDevice(make_device(config.device), meter)
     runner = Runner(ledger=ledger, custody=custody, hypervisor=hypervisor, device=device, clock=clock)
     supervisor = Supervisor(
         ledger=ledger, custody=custody, hypervisor=hypervisor, clock=clock, log=log, limits=config.limits()
     )
     server = Server(
-        listen=config.listen, tls=config.server_tls(), log=log, health_socket=config.health.socket, clock=clock
+        listen=config.listen,
+        tls=config.server_tls(),
+        log=log,
+        health_socket=config.health.socket,
+        clock=clock,
+        meter=meter,
     )
     server.add(add_HostAgentServiceServicer_to_server, HostAgentService(runner=runner, device=device))
+    _watch_launches(meter, ledger, custody)
     return Agent(
         folders=folders,
         device=device,
@@ -98,8 +112,18 @@ def build(config: AgentConfig, *, log: Log, clock: Clock | None = None, observe:
         runner=runner,
         supervisor=supervisor,
         server=server,
+        metrics=endpoint,
         log=log,
     )
+
+
+def _watch_launches(meter: Meter, ledger: Ledger, custody: Custody) -> None:
+    def launches() -> Reading:
+        found = ledger.count()
+        return {(state.value,): found[state] for state in LaunchState}
+
+    meter.watch(metrics.LAUNCHES, launches)
+    meter.watch(metrics.MACHINES, lambda: {(): custody.machines})
 
 
 def warn_of_unit(config: AgentConfig, *, log: Log) -> None:
@@ -153,6 +177,8 @@ async def serve(agent: Agent, *, ready: Callable[[str], None], reload: Callable[
     agent.folders.open()
     try:
         await agent.supervisor.recover()
+        if agent.metrics is not None:
+            await agent.metrics.start()
         address = await agent.server.start()
         background = [
             asyncio.create_task(agent.supervisor.run(_TICK)),
@@ -169,6 +195,8 @@ async def serve(agent: Agent, *, ready: Callable[[str], None], reload: Callable[
             with contextlib.suppress(asyncio.CancelledError):
                 await task
     finally:
+        if agent.metrics is not None:
+            await agent.metrics.stop()
         await agent.supervisor.close()
         agent.custody.close()
         agent.hypervisor.close()

@@ -84,10 +84,14 @@ def _serve(path: Path) -> int:
 def _check_config(path: Path) -> int:
     from common.clock import SystemClock
     from common.rpc.tls import load_server
+    from common.telemetry.endpoint import Endpoint
+    from common.telemetry.log import SILENCE
     from host_agent import config
     from host_agent.hypervisors.guests import read_secret_area
 
     loaded = config.load(path, os.environ)
+    if loaded.metrics is not None:
+        Endpoint(loaded.metrics, SILENCE)
     identity = load_server(loaded.server_tls(), SystemClock().now()).identity
     print(f"identity: {identity}")
     print(f"serves: orchestrators of {loaded.tls.trust_domain} on {loaded.listen}")

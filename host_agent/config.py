@@ -16,6 +16,7 @@ from common import config
 from common.errors import InvalidInput, Reason
 from common.rpc.identity import Role
 from common.rpc.tls import ServerTls
+from common.telemetry.endpoint import MetricsConfig
 from host_agent.devices import DEFAULT_PATH, DEV_SEV, DRIVERS
 from host_agent.devices.qmp import QmpDevice
 from host_agent.guest_tables import GuestTable, check_distinct, definition
@@ -144,6 +145,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         tls: identity and callers.
         device: the platform's SEV device.
         health: where probes ask.
+        metrics: where metrics are read; without it, nothing is measured.
         qemu: how machines are started.
         proxmox: where Proxmox VE is.
         libvirt: where libvirt is.
@@ -156,6 +158,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     tls: Tls
     device: DeviceTable
     health: HealthSocket = HealthSocket()
+    metrics: MetricsConfig | None = None
     qemu: QemuTable = QemuTable()
     proxmox: ProxmoxTable = ProxmoxTable()
     libvirt: LibvirtTable = LibvirtTable()

@@ -7,6 +7,7 @@ section 5.1 (common/sev/abi.py); which of them are verdicts: decisions.md 12.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from common.errors import PlatformFailed, Reason, Refused, SevattestError
 from common.sev.abi import NO_FIRMWARE_CALL, Status, status_name
@@ -70,6 +71,18 @@ def firmware_failure(code: int, sentence: str) -> SevattestError:
     if code in _VERDICTS:
         return Refused(_VERDICTS[Status(code)], message, **fields)
     return PlatformFailed(Reason.FIRMWARE_FAILED, message, **fields)
+
+
+def status_in(fields: Mapping[str, str]) -> str:
+    """The name of the firmware status in an error's fields; `OTHER` for one without a name, empty where there is none.
+
+    A machine's words carry any number: what is counted must be of a fixed set.
+    """
+    code = fields.get("fw_error")
+    try:
+        return "" if code is None else Status(int(code)).name
+    except ValueError:
+        return "OTHER"
 
 
 def find_firmware_error(text: str) -> int | None:

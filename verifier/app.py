@@ -23,7 +23,9 @@ from common.clock import Clock, SystemClock
 from common.errors import InvalidInput, Reason, SevattestError
 from common.ids import ordered_uuid
 from common.rpc.server import Limits, Server
+from common.telemetry.endpoint import Endpoint
 from common.telemetry.log import Log
+from common.telemetry.metrics import UNMEASURED
 from verifier import admin_service, chores, parts, service
 from verifier.admin.desks import owner_desks
 from verifier.appraisal.revoked import join
@@ -41,6 +43,7 @@ from verifier.launches.reports import ReportVerifier
 from verifier.launches.timekeeper import Timekeeper
 from verifier.library.documents import Documents
 from verifier.library.library import Library
+from verifier.readings import Readings
 
 GRACE_S = 15.0
 _GC_THRESHOLD = 10_000  # new objects between two looks: some twenty launches
@@ -114,6 +117,8 @@ class App:
         self._store = parts.make_store(self._config, surroundings.on_step)
         self._library = Library(self._config.documents, self._store, log, before=self._renew_denied)
         self._service = parts.make_key_service(self._config, self._roots)
+        self._metrics = None if self._config.metrics is None else Endpoint(self._config.metrics, log)
+        self._meter = UNMEASURED if self._metrics is None else self._metrics.meter
         self._wakers = _Wakers()
         self._server: Server | None = None
         self._admin: Server | None = None
@@ -142,6 +147,7 @@ class App:
                 limits=Limits(in_flight=config.limits.calls),
                 health_socket=None if config.health is None else config.health.socket,
                 clock=self._world.clock,
+                meter=self._meter,
             )
             dependencies = await self._dependencies(self._server)
             broker = Broker(dependencies)
@@ -149,6 +155,8 @@ class App:
                 self._server,
                 service.VerifierServicer(broker, Releaser(dependencies), ReportVerifier(dependencies)),
             )
+            if self._metrics is not None:
+                await self._metrics.start()
             launches = await self._server.start()
             admin = None if config.admin is None else await self._start_admin(config.admin, dependencies)
         except BaseException:
@@ -166,6 +174,7 @@ class App:
             log=self._log,
             limits=admin_service.LIMITS,
             clock=self._world.clock,
+            meter=self._meter,
         )
         desks = owner_desks(dependencies, self._library)
         admin_service.add_to(self._admin, admin_service.AdminServicer(desks))
@@ -207,7 +216,7 @@ class App:
             issuer=str(server.identity),
             secrets=parts.make_secrets(config, self._store, self._keyring, world.random, self._log),
             time=Timekeeper(world.clock, self._store.last_time),
-            records=Recorder(self._log, new_id),
+            records=Recorder(self._log, new_id, self._meter),
             random=world.random,
             new_id=new_id,
             open_cap=config.limits.open_launches,
@@ -237,6 +246,10 @@ class App:
                 log=log,
             )
         )
+        if self._metrics is not None:
+            readings = Readings(dependencies, self._library, self._checkpoints)
+            readings.watch_with(self._meter)
+            self._spawn(readings.keep(self._config.limits.sweep_interval))
         self._keep_fresh(self._keys)
         self._spawn(chores.rewrap(Rewrap(self._store, self._keyring, log), self._wakers.keys, log))
         if self._service is not None:
@@ -362,6 +375,8 @@ class App:
                 await self._checkpoints.finish()
             except SevattestError as error:
                 self._log.error("audit.not_signed", error=error)
+        if self._metrics is not None:
+            await self._metrics.stop()
         await self._store.close()
 
     async def run(self, announce: Callable[[Addresses], None]) -> None:

@@ -14,6 +14,8 @@ from common.config import listen_address
 from common.errors import InvalidInput, SevattestError
 from common.rpc.health import socket_target
 from common.rpc.tls import load_server
+from common.telemetry.endpoint import Endpoint
+from common.telemetry.log import SILENCE
 from verifier.check_documents import Findings, check_documents
 from verifier.config import Config, load_config
 from verifier.parts import make_store, sealing_keys, trusted_roots
@@ -47,6 +49,7 @@ def _check_process(config: Config, findings: Findings) -> None:
         _roots,
         _kds,
         _health,
+        _metrics,
     )
     for step in steps:
         try:
@@ -107,4 +110,10 @@ def _kds(config: Config) -> Sequence[str]:
 def _health(config: Config) -> Sequence[str]:
     if config.health is not None:
         socket_target(config.health.socket)
+    return ()
+
+
+def _metrics(config: Config) -> Sequence[str]:
+    if config.metrics is not None:
+        Endpoint(config.metrics, SILENCE)
     return ()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from datetime import datetime
 from typing import NoReturn
 
 from common.amd.kds import KeyService
@@ -41,6 +42,11 @@ class Checkpoints:
 
     What was signed last is remembered, and nothing is signed that does not follow from it: who has the database alone
     could otherwise write the log anew and have that signed.
+
+    Attributes:
+        number: of the last record, as of the last look; None before the first.
+        signed: the head that this process signed last; None before the first.
+        signed_time: when it was signed.
     """
 
     def __init__(self, *, store: Store, signer: Signer, issuer: str, time: Timekeeper, config: AuditConfig) -> None:
@@ -50,7 +56,9 @@ class Checkpoints:
         self._issuer = issuer
         self._time = time
         self._config = config
-        self._signed: Head | None = None
+        self.number: int | None = None
+        self.signed: Head | None = None
+        self.signed_time: datetime | None = None
         self._clock = asyncio.get_running_loop().time
         self._last = float("-inf")
 
@@ -79,28 +87,29 @@ class Checkpoints:
     async def _new(self) -> int:
         """How many records there are since this process signed last."""
         number, _ = await self._store.head()
-        signed = 0 if self._signed is None else self._signed.number
+        self.number = number
+        signed = 0 if self.signed is None else self.signed.number
         if number < signed:
             raise broken(number + 1, f"is missing: the log was signed up to record {signed}")
         return number - signed
 
     async def _head(self) -> Head:
         """Where the log stands, as its records lead there from what was signed last."""
-        if self._signed is None:
+        if self.signed is None:
             number, digest = await self._store.head()
             return Head(number=number, hash=digest)
-        head, full = self._signed, True
+        head, full = self.signed, True
         while full:
             found = await self._store.records(None, after=head.number, limit=_RECORDS)
             head, full = verify_chain(map(_link, found), head), len(found) == _RECORDS
         return head
 
     async def _sign(self) -> None:
-        head = await self._head()
-        claims = checkpoint_claims(head, time=await self._time.now(), issuer=self._issuer)
+        head, time = await self._head(), await self._time.now()
+        claims = checkpoint_claims(head, time=time, issuer=self._issuer)
         token = self._signer.sign(claims, typ=CHECKPOINT_TYPE)
         await self._store.keep_checkpoint(Checkpoint(number=head.number, token=token))
-        self._signed, self._last = head, self._clock()
+        self.signed, self.signed_time, self._last = head, time, self._clock()
 
 
 def _link(chained: ChainedRecord) -> Link:

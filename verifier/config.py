@@ -12,6 +12,7 @@ from common import config
 from common.errors import InvalidInput, Reason
 from common.rpc.identity import Role
 from common.rpc.tls import ServerTls
+from common.telemetry.endpoint import MetricsConfig
 
 _DENIED = re.compile(r"[0-9a-f]{64}|[0-9a-f]{128}")
 
@@ -215,6 +216,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         vault: see `VaultConfig`.
         audit: see `AuditConfig`.
         health: see `HealthConfig`.
+        metrics: see `MetricsConfig`; without it, nothing is measured.
         platforms: see `PlatformsConfig`.
         kds: see `KdsConfig`; without one, a platform whose CEK is unsigned is refused.
         limits: see `LimitsConfig`.
@@ -232,6 +234,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     vault: VaultConfig | None = None
     audit: AuditConfig = AuditConfig()
     health: HealthConfig | None = None
+    metrics: MetricsConfig | None = None
     platforms: PlatformsConfig = PlatformsConfig()
     kds: KdsConfig | None = None
     limits: LimitsConfig = LimitsConfig()
@@ -280,6 +283,7 @@ def _require_apart(loaded: Config) -> None:
         "state_dir": loaded.state_dir,
         "store.postgres": None if loaded.store is None else loaded.store.postgres,
         "pkcs11.pin_file": None if loaded.pkcs11 is None else loaded.pkcs11.pin_file,
+        "metrics.key": None if loaded.metrics is None else loaded.metrics.key,
         "vault.token_file": None if loaded.vault is None else loaded.vault.token_file,
     }
     folder = loaded.documents.resolve()

@@ -7,7 +7,7 @@ service manager) have no certificate; they ask a Unix socket that serves health 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,14 +35,19 @@ class Health(HealthServicer):
 
     def __init__(self) -> None:
         self._services: set[str] = {""}
-        self._causes: set[str] = {"starting"}
+        self._causes = {"starting": False}
         self._changed = asyncio.Condition()
         self._wake: set[asyncio.Task[None]] = set()
 
     @property
     def serving(self) -> bool:
         """Whether the process is ready."""
-        return not self._causes
+        return all(self._causes.values())
+
+    @property
+    def causes(self) -> Mapping[str, bool]:
+        """Every cause that was ever spoken of, and whether the process is ready as far as it goes."""
+        return self._causes
 
     def add_services(self, names: Sequence[str]) -> None:
         """Answer for these services too."""
@@ -51,10 +56,7 @@ class Health(HealthServicer):
     def set(self, cause: str, *, ready: bool) -> None:
         """Say that `cause` (for example `store`) no longer speaks against being ready, or does."""
         before = self.serving
-        if ready:
-            self._causes.discard(cause)
-        else:
-            self._causes.add(cause)
+        self._causes[cause] = ready
         if self.serving != before:
             task = asyncio.get_running_loop().create_task(self._tell())
             self._wake.add(task)

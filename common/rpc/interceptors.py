@@ -45,9 +45,11 @@ from common.errors import (
 from common.rpc import MAX_MESSAGE, MAX_STREAMS
 from common.rpc.authz import METHODS
 from common.rpc.identity import ActingAs, Identity, Role
+from common.rpc.metrics import CALLS, ERRORS
 from common.rpc.pem import CLIENT_USAGE, check_dates, leaf_identity, parse_certificates
 from common.rpc.status import code_of, plain_status, to_status
 from common.telemetry.log import Log
+from common.telemetry.metrics import UNMEASURED, Meter
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -90,6 +92,7 @@ class Gatekeeper(grpc.aio.ServerInterceptor):
         log: Log,
         clock: Clock | None = None,
         methods: Mapping[str, frozenset[Role]] = METHODS,
+        meter: Meter = UNMEASURED,
     ) -> None:
         self._trust_domain = trust_domain
         self._callers = callers
@@ -97,8 +100,14 @@ class Gatekeeper(grpc.aio.ServerInterceptor):
         self._log = log
         self._clock = clock or SystemClock()
         self._methods = methods
+        self._meter = meter
         self._in_flight: Counter[str] = Counter()  # by SPIFFE id
         self._wrapped: dict[str, Handler] = {}
+
+    @property
+    def under_way(self) -> int:
+        """Calls of all callers that have not ended."""
+        return sum(self._in_flight.values())
 
     async def intercept_service(
         self,
@@ -189,6 +198,7 @@ class Gatekeeper(grpc.aio.ServerInterceptor):
             incident = token_hex(8)
             code = grpc.StatusCode.INTERNAL
             status = to_status(_internal(incident))
+            self._measure(method, code.name, began, Reason.INTERNAL)
             self._log.error(
                 "rpc.defect", method=method, caller=None if who is None else str(who), incident=incident, error=error
             )
@@ -245,10 +255,18 @@ class Gatekeeper(grpc.aio.ServerInterceptor):
         if not self._in_flight[who.spiffe_id]:
             del self._in_flight[who.spiffe_id]
 
-    def _log_call(self, method: str, who: Identity | None, outcome: str, began: float, **fields: object) -> None:
-        elapsed = round((time.monotonic() - began) * 1000, 1)
+    def _log_call(self, method: str, who: Identity | None, outcome: str, began: float, **fields: str) -> None:
+        elapsed = round(self._measure(method, outcome, began, fields.get("reason")) * 1000, 1)
         caller = None if who is None else who.spiffe_id
         self._log.info("rpc", method=method, caller=caller, outcome=outcome, ms=elapsed, **fields)
+
+    def _measure(self, method: str, outcome: str, began: float, reason: str | None) -> float:
+        """Count a call; the seconds that it took."""
+        seconds = time.monotonic() - began
+        self._meter.observe(CALLS, seconds, method, outcome)
+        if reason is not None:
+            self._meter.add(ERRORS, method, reason)
+        return seconds
 
 
 class _UnknownMethod(Exception):

@@ -23,8 +23,10 @@ from common.rpc.authz import METHODS
 from common.rpc.health import Health, socket_target
 from common.rpc.identity import Identity
 from common.rpc.interceptors import Gatekeeper, Limits, check_handler
+from common.rpc.metrics import CERTIFICATE, READY, UNDER_WAY
 from common.rpc.tls import CertificateWatch, ServerTls, single_ca
 from common.telemetry.log import Log
+from common.telemetry.metrics import UNMEASURED, Meter
 
 __all__ = ["OPTIONS", "Limits", "Server"]
 
@@ -85,6 +87,7 @@ class Server:
         limits: Limits | None = None,
         health_socket: Path | None = None,
         clock: Clock | None = None,
+        meter: Meter = UNMEASURED,
     ) -> None:
         """Check the settings and read the certificates; nothing is opened yet.
 
@@ -95,6 +98,7 @@ class Server:
             limits: what one caller may ask.
             health_socket: where probes ask; None for no such socket.
             clock: the time that certificates are judged by.
+            meter: takes the figures of its calls and its state.
 
         Raises:
             InvalidInput: `INVALID_CONFIGURATION`.
@@ -119,7 +123,9 @@ class Server:
             limits=limits,
             log=log,
             clock=self._clock,
+            meter=meter,
         )
+        self._watch_with(meter, callers="+".join(sorted(tls.callers)))
         self._adders: list[Callable[[Any], None]] = []
         self._servers: list[grpc.aio.Server] = []
         self._watch: asyncio.Task[None] | None = None
@@ -225,6 +231,11 @@ class Server:
         self._health_socket.chmod(0o600)
         await server.start()
         self._servers.append(server)
+
+    def _watch_with(self, meter: Meter, callers: str) -> None:
+        meter.watch(UNDER_WAY, lambda: {(callers,): self._gatekeeper.under_way})
+        meter.watch(CERTIFICATE, lambda: {(callers,): self.certificates.material.leaf.not_valid_after_utc.timestamp()})
+        meter.watch(READY, lambda: {(callers, cause): float(ready) for cause, ready in self.health.causes.items()})
 
     def _note_certificate(self) -> None:
         self.health.set("certificate", ready=not self.certificates.expires_soon())

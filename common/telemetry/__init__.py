@@ -1,1 +1,1 @@
-"""What the processes say about themselves: logs now, metrics and traces later. Never a secret."""
+"""What the processes say about themselves: logs and metrics, traces later. Never a secret."""

@@ -62,6 +62,11 @@ class Custody:
         """The launch's machine, if there is one."""
         return self._machines.get(launch_id)
 
+    @property
+    def machines(self) -> int:
+        """How many machines there are."""
+        return len(self._machines)
+
     def close(self) -> None:
         """Let go of all machines, which go on."""
         for machine in self._machines.values():

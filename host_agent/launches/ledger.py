@@ -7,6 +7,7 @@ caller and method (AIP-155): the same id with the same content is the same reque
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncGenerator, Iterator
 from datetime import datetime, timedelta
 from uuid import UUID
@@ -14,7 +15,11 @@ from weakref import WeakValueDictionary
 
 from common.errors import InvalidInput, LimitExceeded, NotFound, Reason
 from common.sev.errors import ParseError
+from common.telemetry.metrics import UNMEASURED, Meter
+from host_agent.firmware_errors import status_in
 from host_agent.launches.launch import REQUESTS_MAX, Launch, Request, decode
+from host_agent.launches.state import TRANSITIONS, LaunchState
+from host_agent.metrics import FAILURES, MOVES
 from host_agent.store.folders import LaunchFolders
 
 # An id that was given up before its launch was started is remembered so long: no call has a deadline further away than
@@ -41,8 +46,10 @@ class _Watcher:
 class Ledger:
     """The launches, their locks, and who watches them."""
 
-    def __init__(self, folders: LaunchFolders) -> None:
+    def __init__(self, folders: LaunchFolders, meter: Meter = UNMEASURED) -> None:
         self.folders = folders
+        self._meter = meter
+        self._show_moves()
         self._launches: dict[UUID, Launch] = {}
         self._requests: dict[tuple[str, str, UUID], tuple[UUID, bytes]] = {}
         # A lock lives while somebody holds or awaits it: a caller can invent ids for ever.
@@ -50,6 +57,13 @@ class Ledger:
         self.given_up: dict[tuple[str, UUID], datetime] = {}
         self._watchers: set[_Watcher] = set()
         self._watching = True
+
+    def _show_moves(self) -> None:
+        """Have every move that there can be shown before its first time."""
+        self._meter.add(MOVES, "", LaunchState.STARTING, by=0)
+        for state, events in TRANSITIONS.items():
+            for target in events.values():
+                self._meter.add(MOVES, state, target, by=0)
 
     def load(self) -> None:
         """Read every record.
@@ -101,6 +115,10 @@ class Ledger:
     def unfinished(self) -> list[Launch]:
         """Every launch that has not ended."""
         return [launch for launch in self._launches.values() if not launch.is_final]
+
+    def count(self) -> Counter[LaunchState]:
+        """How many launches there are in each state."""
+        return Counter(launch.state for launch in self._launches.values())
 
     def ended(self) -> list[Launch]:
         """Every launch that has ended and is not forgotten yet."""
@@ -156,6 +174,7 @@ class Ledger:
             Unavailable: `STORE_UNAVAILABLE`; nothing has changed.
         """
         await asyncio.to_thread(self.folders.save, launch.launch_id, launch.encode())
+        self._count(self._launches.get(launch.launch_id), launch)
         self._index(launch)
         for watcher in self._watchers:
             watcher.tell(launch)
@@ -196,6 +215,14 @@ class Ledger:
         self._watching = False
         for watcher in self._watchers:
             watcher.changed.set()
+
+    def _count(self, before: Launch | None, launch: Launch) -> None:
+        state = None if before is None else before.state
+        if state is launch.state:
+            return
+        self._meter.add(MOVES, state or "", launch.state)
+        if launch.failure is not None:
+            self._meter.add(FAILURES, launch.failure.reason, status_in(launch.failure.fields))
 
     def _index(self, launch: Launch) -> None:
         self._launches[launch.launch_id] = launch

@@ -158,6 +158,20 @@ async def test_the_cap_counts_open_launches_of_one_caller_that_are_in_time(store
     assert await store.open_launch(third) is Outcome.DONE
 
 
+async def test_the_open_launches_of_all_callers_are_counted_whatever_their_time(store: SqlStore) -> None:
+    assert await store.count_open() == 0
+    first = opening(expire=NOW)
+    for each in (first, opening(), opening(caller="d")):
+        await store.open_launch(each)
+    assert await store.count_open() == 3
+    await store.move(release(opening().launch.launch_id))
+    assert await store.count_open() == 3
+    second = opening()
+    await store.open_launch(second)
+    await store.move(release(second.launch.launch_id))
+    assert await store.count_open() == 3
+
+
 async def test_what_was_judged_by_other_documents_is_not_carried_out(store: SqlStore) -> None:
     stale = opening(revision=1, spending=BEGIN)
     assert await store.open_launch(stale) is Outcome.DOCUMENTS_CHANGED

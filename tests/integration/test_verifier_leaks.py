@@ -37,6 +37,7 @@ from tests.support.desk import Guest
 from tests.support.documents import CALLER, grant, revocation, workload, write_document
 from tests.support.eventually import until
 from tests.support.fake_vault import FakeVault, fake_vault, write_token
+from tests.support.metrics import Page, scrape, where
 from tests.support.owner_process import owner_environ
 from tests.support.postgres import Server, start_server
 from tests.support.spellings import files_in, leaks, planted
@@ -68,6 +69,7 @@ class Life:
         vault: what it asks for one of the secrets.
         secrets: by name, what may show nowhere.
         said: everything that it, or a command beside it, answered.
+        pages: its metrics, as they were read now and then.
         server: its PostgreSQL; None for SQLite.
     """
 
@@ -76,6 +78,7 @@ class Life:
     server: Server | None
     secrets: dict[str, bytes] = field(default_factory=dict)
     said: list[bytes] = field(default_factory=list)
+    pages: list[bytes] = field(default_factory=list)
     serving: ServingVerifier | None = None
     stub: Any = None
 
@@ -113,6 +116,12 @@ class Life:
         said = await asyncio.to_thread(run, "owner", *words, environ=environ)
         self.said += [said.out.encode(), said.err.encode()]
         return said.code
+
+    async def monitored(self) -> Page:
+        """Its metrics as they stand."""
+        page = await scrape(where(self.folder / "log"))
+        self.pages.append(page.text.encode())
+        return page
 
     async def apply(self, content: dict[str, Any]) -> None:
         """Have the owner apply a document."""
@@ -153,7 +162,7 @@ class Life:
         meant = ("kek.bin", "documents/secret", "vault-token", "inputs", "pki")
         folders = [self.folder] if self.server is None else [self.folder, self.server.folder]
         places = files_in(*folders, but=[self.folder / each for each in meant])
-        return places | {"answers": b"\n".join(self.said)}
+        return places | {"answers": b"\n".join(self.said), "metrics": b"\n".join(self.pages)}
 
     def check(self) -> None:
         """That nothing shows anywhere."""
@@ -195,6 +204,7 @@ def vault_of(site: VerifierSite, secret: bytes) -> Iterator[FakeVault]:
         site.config.write_text(
             f'{site.config.read_text()}\n[vault]\naddress = "{vault.address}"\ntoken_file = "vault-token"\n'
             f'ca = "{site.pki.owner_ca}"\n[limits]\nsweep_interval = 1\n[audit]\ncheckpoint_records = 1\n'
+            '[metrics]\nlisten = "127.0.0.1:0"\n'
         )
         yield vault
 
@@ -235,7 +245,9 @@ async def owners_day(life: Life) -> None:
 
 async def launches_of_every_end(life: Life) -> None:
     """Released, refused, abandoned; with one source away; under a grant; and requests that are none."""
-    begun, guest = await life.begun()
+    host = life.site.platform
+    evidence = platform_pb2.PlatformEvidence(chain=host.chain.to_bytes(), chip_id=host.chip_id)
+    begun, guest = await life.begun(platform=evidence)
     read = await life.release(begun, guest)
     assert read, life.said[-8:]
     assert [read[UUID(guid)] for guid in GUIDS[:3]] == [life.secrets[name] for name in ("file", "stored", "vault")]
@@ -357,6 +369,7 @@ async def test_nothing_secret_shows_anywhere_in_a_verifiers_whole_life(life: Lif
         expiring, _ = await life.begun("brief")
         await launches_of_every_end(life)
         await outages(life)
+        told = await life.monitored()
         open_still, guest = await life.begun()
         # As it is while it serves: keys of open launches in the store, a WAL that was not written back.
         life.check()
@@ -366,6 +379,7 @@ async def test_nothing_secret_shows_anywhere_in_a_verifiers_whole_life(life: Lif
         await life.logged("launch.expired")
         assert expiring.launch.launch_id in life.log
         await end_of_day(life)
+        await life.monitored()
         assert await crash(serving, signal.SIGABRT) == os.CLD_KILLED
     async with life.served() as serving:
         assert serving.stop() == 0
@@ -375,6 +389,11 @@ async def test_nothing_secret_shows_anywhere_in_a_verifiers_whole_life(life: Lif
     for event in ("launch.released", "launch.refused", "launch.abandoned", "source.unavailable", "secret.put"):
         assert f'"event":"{event}"' in life.log, event
     assert len(life.secrets) > 20
+    for sample in ("sevattest_audit_records_total", "sevattest_rpc_errors_total", "sevattest_audit_refusals_total"):
+        assert told.of(sample) > 0, sample
+    chip = {"chip id": life.site.platform.chip_id, "CEK": life.site.platform.chain.cek.fingerprint}
+    assert leaks(chip, {"metrics": b"\n".join(life.pages)}) == []
+    assert b"chip:" not in b"\n".join(life.pages)
     if life.server is not None:
         assert b"parameters: $1 = " in (life.server.folder / "log").read_bytes().lower()
     prove_the_scan(life)

@@ -20,6 +20,7 @@ from common.errors import SevattestError
 from common.sev.abi import PEK_OCA_CEK_SIZE, Algo, PlatformState, Usage
 from common.sev.certs.sev import SevCertificate, encode
 from common.sev.measurement import FirmwareVersion
+from common.telemetry.prometheus import PrometheusMeter
 from host_agent.devices import PlatformStatus
 from host_agent.hypervisors.base import GuestDefinition, Hypervisor
 from host_agent.hypervisors.monitored import QemuSettings
@@ -162,7 +163,8 @@ class Rig:
         }
         self.hypervisor = hypervisor or QemuHypervisor(guests, settings)
         self.folders = LaunchFolders(folder / "state")
-        self.ledger = Ledger(self.folders)
+        self.meter = PrometheusMeter()
+        self.ledger = Ledger(self.folders, self.meter)
         self.custody = Custody(ledger=self.ledger, clock=self.clock, log=self.log, observe=self._note)
         self.runner = Runner(
             ledger=self.ledger,

@@ -121,6 +121,7 @@ class Site:
         self.settings: dict[str, object] = {}
         self.by_ioctl = False
         self.qemu: dict[str, object] = {}
+        self.tables = ""
         self.program = platform.machine()
         self.vcpus = VCPUS
         self.boots_directly = True
@@ -149,6 +150,7 @@ socket = "health.sock"
 {_lines(self.qemu)}
 [launches]
 {_lines(self.settings)}
+{self.tables}
 {self.guest()}
 """
         )

@@ -25,6 +25,7 @@ from common.errors import SevattestError
 from common.sev.measurement import FirmwareVersion, MeasurementBlob
 from common.sev.secret import SecretEntry, parse_table
 from common.telemetry.log import Log
+from common.telemetry.metrics import UNMEASURED, Meter
 from emulator import channel
 from tests.support.chains import SyntheticPlatform, make_platform
 from tests.support.documents import CALLER, write_artefacts, write_document
@@ -229,6 +230,7 @@ async def desk(
     on_step: Callable[[str], None] = no_step,
     random: Callable[[int], bytes] = os.urandom,
     write_log: Log | None = None,
+    meter: Meter = UNMEASURED,
 ) -> AsyncIterator[Desk]:
     """A desk in `folder`; what is there from an earlier desk is found again.
 
@@ -244,6 +246,7 @@ async def desk(
         on_step: called between steps.
         random: random bytes.
         write_log: a log in place of the recording one.
+        meter: counts what is recorded.
     """
     documents = folder / "documents"
     if not documents.exists():
@@ -275,7 +278,7 @@ async def desk(
             issuer=VERIFIER,
             secrets=Secrets(stored=StoredSecrets(store, sealing), random=random, log=log),
             time=Timekeeper(clock, store.last_time),
-            records=Recorder(log, uuid4),
+            records=Recorder(log, uuid4, meter),
             random=random,
             new_id=uuid4,
             open_cap=open_cap,

@@ -16,7 +16,9 @@ import msgspec
 
 from common.errors import Reason, SevattestError
 from common.telemetry.log import Log
+from common.telemetry.metrics import UNMEASURED, Meter
 from verifier.appraisal.evidence import Finding
+from verifier.metrics import RECORDS, REFUSALS, UNSETTLED
 from verifier.store.rows import AuditRow
 
 
@@ -51,12 +53,16 @@ _REFUSALS = frozenset(
 
 
 class Recorder:
-    """Makes audit rows and writes their log lines."""
+    """Makes audit rows, and writes and counts their log lines."""
 
-    def __init__(self, log: Log, new_id: Callable[[], UUID]) -> None:
-        """Take the log and the source of audit ids."""
+    def __init__(self, log: Log, new_id: Callable[[], UUID], meter: Meter = UNMEASURED) -> None:
+        """Take the log, the source of audit ids, and who counts what is recorded."""
         self._log = log
         self._new_id = new_id
+        self._meter = meter
+        meter.add(UNSETTLED, by=0)
+        for event in AuditEvent:
+            meter.add(RECORDS, event.value, by=0)
 
     def new_id(self) -> UUID:
         """A fresh audit id."""
@@ -90,8 +96,12 @@ class Recorder:
         )
 
     def log(self, row: AuditRow) -> None:
-        """Write the line that goes with a stored row."""
-        write = self._log.warning if row.event in _REFUSALS else self._log.info
+        """Write the line that goes with a stored row, and count it."""
+        refusal = row.event in _REFUSALS
+        self._meter.add(RECORDS, row.event)
+        if refusal:
+            self._meter.add(REFUSALS, row.event, row.reason or "")
+        write = self._log.warning if refusal else self._log.info
         write(
             row.event,
             audit_id=str(row.audit_id),
@@ -102,7 +112,8 @@ class Recorder:
         )
 
     def log_unsettled(self, row: AuditRow, grant: str | None, error: SevattestError) -> None:
-        """Write the line of a launch that ended without its grant's ledger, which does not know of it."""
+        """Write the line of a launch that ended without its grant's ledger, which does not know of it, and count it."""
+        self._meter.add(UNSETTLED)
         self._log.error(
             "grant.unsettled", audit_id=str(row.audit_id), launch_id=str(row.launch_id), grant=grant, error=error
         )

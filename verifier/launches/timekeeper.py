@@ -58,6 +58,11 @@ class Timekeeper:
             )
         return self._later(clock, last)
 
+    @property
+    def behind(self) -> timedelta:
+        """By how much the clock is behind the latest stored time that is known here; none where it is not."""
+        return timedelta() if self._last is None else max(timedelta(), self._last - self._clock.now())
+
     def stored(self, time: datetime) -> None:
         """Take note of a time that a transaction carried."""
         self._last = time if self._last is None else max(self._last, time)

@@ -9,6 +9,7 @@ are looked at again whenever a launch of their workload begins.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -63,6 +64,19 @@ class Library:
         self._prepared: Mapping[str, Prepared] = {}  # by the SHA-256 of the document
         self._earlier: list[Prepared] = []
         self._lock = asyncio.Lock()
+
+    @property
+    def documents(self) -> Documents | None:
+        """The snapshot that is in force; None before the first was read. Who decides asks for `current`."""
+        return self._documents
+
+    def unusable(self) -> Counter[str]:
+        """How many documents of each kind must not be used, as far as they were looked at; workloads in force only."""
+        if self._documents is None:
+            return Counter()
+        in_force = (self._prepared.get(versions[0].sha256) for versions in self._documents.workloads.values())
+        lacking = sum(each is not None and each.unusable is not None for each in in_force)
+        return Counter(kind for kind, _ in self._documents.unusable) + Counter({"Workload": lacking})
 
     @property
     def folder(self) -> Path:

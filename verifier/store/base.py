@@ -101,6 +101,10 @@ class Store(Protocol):
         """Launches in `state` whose expiry is not after `time`, oldest first; of one grant where it is given."""
         ...
 
+    async def count_open(self) -> int:
+        """How many launches are open, those among them whose time ran out and that nobody has looked at since."""
+        ...
+
     async def launches(self, which: LaunchFilter, *, before: UUID | None, limit: int) -> Sequence[LaunchRow]:
         """Launches, newest first; a page after the launch `before`."""
         ...

@@ -119,6 +119,11 @@ class Launches(OverEngine):
             )
         return [UUID(row[0]) for row in rows]
 
+    async def count_open(self) -> int:
+        """See `Store`."""
+        row = await self._row("SELECT count(*) FROM launch WHERE state='open'")
+        return 0 if row is None else int(row[0])
+
     async def launches(self, which: LaunchFilter, *, before: UUID | None, limit: int) -> Sequence[LaunchRow]:
         """See `Store`."""
         wanted = {

@@ -63,6 +63,7 @@ def test_a_small_configuration_has_safe_defaults(folder: Path) -> None:
     assert config.limits().lifetime == timedelta(minutes=15)
     assert config.qemu_settings().start_timeout == 30
     assert config.health.socket is None
+    assert config.metrics is None
     assert config.server_tls().role is Role.AGENT
 
 
@@ -95,6 +96,8 @@ def test_a_guest_is_defined_by_program_firmware_and_arguments(folder: Path) -> N
         (MINIMAL + "[launches]\nlifetime = 0\n", "launches.lifetime"),
         (MINIMAL + "[launches]\nretain_count = -1\n", "launches.retain_count"),
         (MINIMAL + "[surprise]\n", "surprise"),
+        (MINIMAL + '[metrics]\nlisten = "0.0.0.0:9464"\n', "metrics: listen: 0.0.0.0:9464 is not an address of this"),
+        (MINIMAL + '[metrics]\nlisten = "127.0.0.1:0"\nkey = "k"\n', "metrics: cert, key and client_ca go together"),
         (MINIMAL + GUEST + "policy = 5\n", "guests.web.policy"),
         (MINIMAL + GUEST + 'session = "s.b64"\n', "guests.web.session"),
         (MINIMAL + GUEST + "handle = 1\n", "guests.web.handle"),
@@ -270,6 +273,15 @@ def test_check_config_says_which_firmware_takes_no_secrets(complete: Path, capsy
     (complete.parent / "OVMF.fd").write_bytes(with_footer(b"code", [secret_entry(0, 0)]))
     assert cli.main(["check-config", "--config", str(complete)]) == 0
     assert "NO AREA FOR SECRETS" in capsys.readouterr().out
+
+
+def test_check_config_looks_at_the_files_for_metrics(complete: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = complete.read_text()
+    complete.write_text(text + '[metrics]\nlisten = "127.0.0.1:9464"\n')
+    assert cli.main(["check-config", "--config", str(complete)]) == 0
+    complete.write_text(text + '[metrics]\nlisten = "[::]:9464"\ncert = "c"\nkey = "k"\nclient_ca = "ca"\n')
+    assert cli.main(["check-config", "--config", str(complete)]) == 2
+    assert capsys.readouterr().err == f"sev-host-agent: {complete.parent}/k: no such file or directory\n"
 
 
 def test_a_bad_configuration_ends_with_2_and_a_sentence(complete: Path, capsys: pytest.CaptureFixture[str]) -> None:

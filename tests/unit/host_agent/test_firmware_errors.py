@@ -6,7 +6,14 @@ import pytest
 
 from common.errors import PlatformFailed, Reason, Refused, SevattestError, exit_code
 from common.sev.abi import Status
-from host_agent.firmware_errors import advice, find_firmware_error, firmware_failure, hypervisor_failure, printable
+from host_agent.firmware_errors import (
+    advice,
+    find_firmware_error,
+    firmware_failure,
+    hypervisor_failure,
+    printable,
+    status_in,
+)
 
 VERDICTS = {
     Status.BAD_MEASUREMENT: Reason.FIRMWARE_BAD_MEASUREMENT,
@@ -69,3 +76,17 @@ def test_every_status_has_its_advice_and_a_code_without_a_name_has_none() -> Non
     for code in (Status.SUCCESS, 0x19, 0x27, 0xFFFF):
         assert advice(code) is None
         assert "hint" not in firmware_failure(code, "x").fields
+
+
+@pytest.mark.parametrize("code", Status)
+def test_a_status_is_counted_by_its_name(code: Status) -> None:
+    assert status_in(firmware_failure(code, "LAUNCH_START").fields) == code.name
+
+
+@pytest.mark.parametrize("words", ["fw_error=25", "fw_error=0xfffe", "fw_error=9999999999"])
+def test_a_number_that_a_machine_made_up_is_counted_as_other(words: str) -> None:
+    assert status_in(hypervisor_failure("QEMU ended", words).fields) == "OTHER"
+
+
+def test_where_the_firmware_said_nothing_no_status_is_counted() -> None:
+    assert status_in(hypervisor_failure("QEMU ended", "fw_error=0").fields) == ""

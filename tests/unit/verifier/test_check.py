@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from common.telemetry.endpoint import MetricsConfig
 from tests.support.documents import CALLER, SECRET_GUID, grant, platform, revocation, write_document
 from tests.support.documents import workload as document
 from tests.support.verifier_process import VerifierSite
@@ -40,7 +41,7 @@ from verifier.library.warnings import warnings_for
 
 STRUCTS = (
     *(TlsConfig, HealthConfig, PlatformsConfig, KdsConfig, LimitsConfig),
-    *(AdminConfig, StoreConfig, Pkcs11Config, VaultConfig, AuditConfig),
+    *(AdminConfig, StoreConfig, Pkcs11Config, VaultConfig, AuditConfig, MetricsConfig),
 )
 
 
@@ -340,6 +341,34 @@ def test_a_grant_that_does_not_limit_its_caller_is_a_warning(site: VerifierSite)
     assert not [each for each in check(site.config, {}).warnings if "no limit" in each]
 
 
+@pytest.mark.parametrize(
+    ("table", "sentence"),
+    [
+        ('listen = "0.0.0.0:9464"', "metrics: listen: 0.0.0.0:9464 is not an address of this machine alone"),
+        ('listen = "127.0.0.1:0"\ncert = "c.pem"', "metrics: cert, key and client_ca go together"),
+        ('listen = "127.0.0.1:0"\npath = "/m"', 'unknown key "metrics.path"'),
+        ("", 'missing key "metrics.listen"'),
+        (
+            'listen = "[::]:1"\ncert = "c.pem"\nkey = "c.key"\nclient_ca = "ca.pem"',
+            "c.key: no such file or directory",
+        ),
+        (
+            'listen = "[::]:1"\ncert = "c.pem"\nkey = "documents/c.key"\nclient_ca = "ca.pem"',
+            "metrics.key: lies in the folder of documents, where an applied document could name it",
+        ),
+    ],
+)
+def test_metrics_that_others_could_read_are_refused(site: VerifierSite, table: str, sentence: str) -> None:
+    site.config.write_text(f"{site.config.read_text()}\n[metrics]\n{table}\n")
+    (problem,) = check(site.config, {}).problems
+    assert sentence in problem
+
+
+def test_metrics_of_this_machine_alone_are_good(site: VerifierSite) -> None:
+    site.config.write_text(f'{site.config.read_text()}\n[metrics]\nlisten = "127.0.0.1:9464"\n')
+    assert check(site.config, {}).problems == []
+
+
 SAMPLES = Path(__file__).parents[3] / "deploy" / "verifier"
 
 
@@ -358,7 +387,8 @@ def test_what_the_sample_leaves_out_is_good_too(tmp_path: Path) -> None:
     whole = re.sub(r"^# (\[\w+\]|\w+ = .*)$", r"\1", sample, flags=re.MULTILINE).replace("state_dir", "# state_dir", 1)
     (tmp_path / "verifier.toml").write_text(whole)
     config = load_config(tmp_path / "verifier.toml", {})
-    assert None not in {config.admin, config.store.postgres if config.store else None, config.pkcs11, config.vault}
+    dsn = config.store.postgres if config.store else None
+    assert None not in {config.admin, dsn, config.pkcs11, config.vault, config.metrics}
 
 
 def test_the_page_describes_every_setting() -> None:

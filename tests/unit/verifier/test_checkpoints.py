@@ -13,7 +13,7 @@ from common.audit.chain import record_hash
 from common.audit.checkpoint import verify_checkpoints
 from common.audit.jws import read_key_set
 from common.errors import Reason, Refused
-from tests.support.desk import VERIFIER, Desk, desk
+from tests.support.desk import START, VERIFIER, Desk, desk
 from tests.support.store_rows import audit
 from verifier.chores import Checkpoints
 from verifier.config import AuditConfig
@@ -93,6 +93,7 @@ async def test_the_head_is_signed_when_enough_was_recorded_and_at_the_end(
     await chore.finish()
     await chore.finish()
     assert await signed(d) == [1, 5, 9, 10]
+    assert (chore.number, chore.signed and chore.signed.number, chore.signed_time) == (10, 10, START)
 
 
 async def test_a_log_that_was_written_anew_with_all_its_hashes_is_not_signed(d: Desk) -> None:

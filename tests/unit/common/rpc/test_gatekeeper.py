@@ -12,6 +12,9 @@ import pytest
 from common.errors import NotFound, Reason
 from common.rpc.identity import Role, caller
 from common.rpc.interceptors import Gatekeeper, Limits
+from common.telemetry.metrics import UNMEASURED, Meter
+from common.telemetry.prometheus import PrometheusMeter
+from tests.support.metrics import Page
 from tests.support.pki import Pki
 from tests.support.recording_log import RecordingLog
 
@@ -65,12 +68,20 @@ def _handler(behaviour: Callable[..., Any], *, parse: Callable[[bytes], Any] = b
     return grpc.unary_unary_rpc_method_handler(behaviour, request_deserializer=parse, response_serializer=str.encode)
 
 
-async def _wrapped(handler: Any, method: str = _METHOD, *, log: Any = None, limits: Limits | None = None) -> Any:
+async def _wrapped(
+    handler: Any,
+    method: str = _METHOD,
+    *,
+    log: Any = None,
+    limits: Limits | None = None,
+    meter: Meter = UNMEASURED,
+) -> Any:
     gatekeeper = Gatekeeper(
         trust_domain="datacenter.example",
         callers=frozenset({Role.ORCHESTRATOR}),
         limits=limits or Limits(),
         log=log or RecordingLog(),
+        meter=meter,
     )
 
     async def registered(_details: Any) -> Any:
@@ -248,3 +259,49 @@ async def test_a_call_is_one_line_in_the_log(auth: dict[str, tuple[bytes, ...]])
     assert event.fields["method"] == _METHOD
     assert event.fields["caller"] == "spiffe://datacenter.example/orchestrator/one"
     assert event.fields["outcome"] == "OK"
+
+
+async def _page(meter: PrometheusMeter) -> Page:
+    return Page(text=(await meter.page()).decode())
+
+
+async def test_a_call_is_counted_by_method_and_status_and_an_error_by_its_reason(
+    auth: dict[str, tuple[bytes, ...]],
+) -> None:
+    async def refuse(_request: str, _context: Any) -> str:
+        raise NotFound(Reason.NOT_FOUND, "not here")
+
+    async def fail(_request: str, _context: Any) -> str:
+        raise ZeroDivisionError
+
+    async def wait(_request: str, _context: Any) -> str:
+        raise asyncio.CancelledError
+
+    meter = PrometheusMeter()
+    for _ in range(2):
+        await (await _wrapped(_handler(_echo), meter=meter)).stream_unary(None, FakeContext(auth))
+    for behaviour in (refuse, fail):
+        with pytest.raises(Aborted):
+            await (await _wrapped(_handler(behaviour), meter=meter)).stream_unary(None, FakeContext(auth))
+    with pytest.raises(asyncio.CancelledError):
+        await (await _wrapped(_handler(wait), meter=meter)).stream_unary(None, FakeContext(auth))
+    with pytest.raises(Aborted):  # without an identity
+        await (await _wrapped(_handler(_echo), meter=meter)).stream_unary(None, FakeContext({}))
+    page = await _page(meter)
+    codes = {"OK": 2, "NOT_FOUND": 1, "INTERNAL": 1, "CANCELLED": 1, "UNAUTHENTICATED": 1}
+    assert {code: page.of("sevattest_rpc_seconds_count", method=_METHOD, code=code) for code in codes} == codes
+    assert page.of("sevattest_rpc_seconds_count") == sum(codes.values())
+    reasons = {"NOT_FOUND": 1, "INTERNAL": 1, "UNAUTHENTICATED": 1}
+    assert {why: page.of("sevattest_rpc_errors_total", method=_METHOD, reason=why) for why in reasons} == reasons
+    assert page.of("sevattest_rpc_errors_total") == sum(reasons.values())
+
+
+async def test_a_name_that_a_peer_made_up_is_on_no_page(auth: dict[str, tuple[bytes, ...]]) -> None:
+    meter = PrometheusMeter()
+    for number in range(20):
+        wrapped = await _wrapped(None, f"/sevattest.v1.HostAgentService/Method{number}", meter=meter)
+        with pytest.raises(Aborted):
+            await wrapped.stream_unary(None, FakeContext(auth))
+    page = await _page(meter)
+    assert page.values("method") == {"unknown"}
+    assert page.of("sevattest_rpc_seconds_count", code="UNIMPLEMENTED") == 20

@@ -32,6 +32,14 @@ async def test_a_process_is_ready_when_nothing_speaks_against_it() -> None:
     assert await _ready(health)
 
 
+async def test_every_cause_that_was_spoken_of_is_known_and_how_it_stands() -> None:
+    health = Health()
+    assert health.causes == {"starting": False}
+    health.set("starting", ready=True)
+    health.set("store", ready=False)
+    assert health.causes == {"starting": True, "store": False}
+
+
 async def test_each_service_answers_as_the_process_does_and_others_are_not_found() -> None:
     health = Health()
     health.add_services(["a.Service"])

@@ -15,10 +15,12 @@ import pytest
 from common.errors import Reason
 from common.sev.measurement import FirmwareVersion, MeasurementBlob
 from common.sev.secret import SecretEntry
+from common.telemetry.prometheus import PrometheusMeter
 from tests.support.chains import make_platform
 from tests.support.desk import FIRMWARE, START, Desk, desk, refused
 from tests.support.documents import CALLER, STRANGER
 from tests.support.documents import workload as document
+from tests.support.metrics import Page
 from verifier.documents.workload import SecretSpec
 from verifier.launches.launch import Begun, ReleaseRequest
 from verifier.launches.records import AuditEvent
@@ -132,7 +134,8 @@ async def test_the_reservation_of_a_launch_that_never_came_back_is_given_back(tm
 async def test_a_launch_that_its_ledger_forgot_ends_without_it_and_holds_nobody_up(
     tmp_path: Path, *, forgotten: bool
 ) -> None:
-    async with desk(tmp_path, content=[document(), grant()]) as d:
+    meter = PrometheusMeter()
+    async with desk(tmp_path, content=[document(), grant()], meter=meter) as d:
         first = (await d.begin(grant="g")).launch.launch_id
         other = (await d.begin()).launch.launch_id
         if forgotten:
@@ -148,6 +151,9 @@ async def test_a_launch_that_its_ledger_forgot_ends_without_it_and_holds_nobody_
         assert ended == ({"grant": "g", "settled": False} if forgotten else {})
         lines = [(line.level, line.fields["launch_id"]) for line in d.log.named("grant.unsettled")]
         assert lines == ([("error", str(first))] if forgotten else [])
+        page = Page(text=(await meter.page()).decode())
+        assert page.of("sevattest_grants_unsettled_total") == int(forgotten)
+        assert page.of("sevattest_audit_records_total", event="launch.expired") == 2
 
 
 async def test_smaller_limits_stop_no_open_launch_but_the_next_one(tmp_path: Path) -> None:

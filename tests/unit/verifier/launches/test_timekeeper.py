@@ -75,3 +75,13 @@ def test_a_time_that_was_read_with_the_rest_counts_as_one_that_was_asked_for() -
     assert keeper.for_decisions(None) == later
     with pytest.raises(WrongState):
         keeper.for_decisions(START + SKEW_MAX + timedelta(seconds=1))
+
+
+async def test_how_far_the_clock_is_behind_is_known_and_never_less_than_nothing() -> None:
+    clock, stored = SettableClock(START), Stored(START + timedelta(minutes=5))
+    keeper = Timekeeper(clock, stored)
+    assert keeper.behind == timedelta()
+    await keeper.now()
+    assert keeper.behind == timedelta(minutes=5)
+    clock.advance(timedelta(minutes=6))
+    assert keeper.behind == timedelta()
