@@ -6,20 +6,9 @@ Values only; how far a grant is spent is `verifier.launches.ledger`'s.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 
-
-@dataclass(frozen=True, kw_only=True)
-class Rate:
-    """So many launches in a period, all at once or spread over it.
-
-    Attributes:
-        launches: how many, at least 1.
-        period: in which time, at least one second.
-    """
-
-    launches: int
-    period: timedelta
+from verifier.documents.rate import Rate
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import re
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 
 from verifier.documents.form_grant import GrantForm, GrantPlatformsForm
-from verifier.documents.grant import Grant, Rate
-from verifier.documents.problems import Problems, duration
+from verifier.documents.grant import Grant
+from verifier.documents.problems import Problems
+from verifier.documents.rate import SPELLING, Rate, read_rate
 from verifier.documents.text import InvalidDocument
 
 LAUNCHES_MAX = 1_000_000_000
 AT_ONCE_MAX = 10_000
-RATE_MAX = 1_000_000  # launches in a period: one a microsecond of the shortest period
 
-_RATE = re.compile(r"(?P<launches>\d{1,7})/(?P<period>.*)", re.ASCII)
 # RFC 3339, with the digits that a clock of microseconds has.
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?(Z|[+-]\d\d:\d\d)", re.ASCII)
 
@@ -89,13 +88,10 @@ def _number(path: str, number: int, most: int, problems: Problems) -> None:
 
 
 def _rate(text: str, problems: Problems) -> Rate | None:
-    match = _RATE.fullmatch(text)
-    launches = int(match["launches"]) if match else 0
-    period = duration(match["period"]) if match else None
-    if not 1 <= launches <= RATE_MAX or period is None or period < timedelta(seconds=1):
-        problems.add("spec.rate", f'must be launches/period, as in "10/1m": 1 to {RATE_MAX} in 1s, 10m or 24h')
-        return None
-    return Rate(launches=launches, period=period)
+    rate = read_rate(text)
+    if rate is None:
+        problems.add("spec.rate", f"must be launches/period, {SPELLING}")
+    return rate
 
 
 def _time(path: str, text: str | None, problems: Problems) -> datetime | None:

@@ -2,25 +2,18 @@
 
 Begin reserves, release consumes, every other end returns the reservation. Counted by the grant's name, whatever its
 version: a new version changes the limits and never what was spent.
-
-The rate is kept by the generic cell rate algorithm (GCRA) in one number, the theoretical arrival time: each begin moves
-it on by one interval (period / launches), and a begin is refused where that would put it further ahead of the clock
-than one period. So a grant that rested gives all of its launches at once, and then one per interval; in any time t it
-gives no more than `launches` + t / interval. A clock that goes back makes callers wait longer, never shorter.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 
 from common.errors import LimitExceeded, PlatformFailed, Reason, Refused, SevattestError
-from verifier.documents.grant import Grant, Rate
+from verifier.documents.grant import Grant
+from verifier.documents.rate import Rate
 from verifier.store.rows import LedgerRow
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_MICROSECOND = timedelta(microseconds=1)
-_SECOND = 1_000_000  # microseconds
 # These go to the caller as they are. How many launches others have open is theirs and the owner's, who asks for the
 # grant's status.
 _BUSY = "open launches have reserved all that the grant allows now"
@@ -92,17 +85,10 @@ def _closed(row: LedgerRow) -> LedgerRow:
 
 
 def _arrival(earlier: int, rate: Rate, now: datetime) -> int:
-    """The theoretical arrival time after one more begin, in microseconds since 1970."""
-    clock = (now - _EPOCH) // _MICROSECOND
-    # Rounded up, so that rounding never lets one more through.
-    interval = -(-(rate.period // _MICROSECOND) // rate.launches)
-    arrival = max(earlier, clock) + interval
-    wait = arrival - clock - interval * rate.launches
-    if wait > 0:
-        seconds = -(-wait // _SECOND)
+    if seconds := rate.wait(earlier, now):
         raise LimitExceeded(
             Reason.GRANT_RATE_LIMITED,
             f"the grant's rate allows the next launch in {seconds} seconds",
             retry_after=str(seconds),
         )
-    return arrival
+    return rate.arrival(earlier, now)

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from tests.support.documents import STRANGER, grant, read
-from verifier.documents.grant import Grant, Rate
+from verifier.documents.grant import Grant
+from verifier.documents.rate import Rate
 from verifier.documents.text import InvalidDocument
 
 
@@ -49,7 +50,7 @@ def test_every_key_is_read() -> None:
     assert found.platforms == frozenset({"host-1"})
     assert found.pools == frozenset({"rack-1", "rack-2"})
     assert found.refusals == 3
-    assert found.rate == Rate(launches=10, period=timedelta(minutes=1))
+    assert found.rate == Rate(times=10, period=timedelta(minutes=1))
     assert found.not_before == datetime(2025, 12, 31, 22, tzinfo=UTC)
     assert found.not_after == datetime(2026, 12, 31, 23, 59, 59, 500_000, tzinfo=UTC)
     assert found.suspended is True
@@ -64,13 +65,13 @@ def test_platforms_by_name_alone_leave_no_pool_open() -> None:
     ("text", "period"), [("1/1s", timedelta(seconds=1)), ("5/90s", timedelta(seconds=90)), ("7/24h", timedelta(days=1))]
 )
 def test_a_rate_is_launches_in_a_period(text: str, period: timedelta) -> None:
-    assert good(rate=text).rate == Rate(launches=int(text[0]), period=period)
+    assert good(rate=text).rate == Rate(times=int(text[0]), period=period)
 
 
 def test_the_limits_of_numbers_are_within() -> None:
     assert good(launches=1, at_once=1, refusals=1).launches == 1
     assert good(launches=1_000_000_000, at_once=10_000, refusals=1_000_000_000).at_once == 10_000
-    assert good(rate="1000000/1s").rate == Rate(launches=1_000_000, period=timedelta(seconds=1))
+    assert good(rate="1000000/1s").rate == Rate(times=1_000_000, period=timedelta(seconds=1))
 
 
 @pytest.mark.parametrize("key", ["workload", "callers", "platforms", "launches", "at_once"])

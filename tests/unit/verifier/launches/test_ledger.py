@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import LimitExceeded, PlatformFailed, Reason, Refused, SevattestError
-from verifier.documents.grant import Grant, Rate
+from verifier.documents.grant import Grant
+from verifier.documents.rate import Rate
 from verifier.launches.ledger import begin, reason_against, refused, released, returned
 from verifier.store.rows import LedgerRow
 
@@ -86,7 +87,7 @@ def test_a_launch_that_nobody_began_does_not_end(step: Callable[[LedgerRow], Led
 
 
 def test_a_grant_that_rested_gives_all_of_its_rate_at_once_and_then_one_per_interval() -> None:
-    grant = replace(GRANT, launches=1000, at_once=1000, rate=Rate(launches=10, period=timedelta(minutes=1)))
+    grant = replace(GRANT, launches=1000, at_once=1000, rate=Rate(times=10, period=timedelta(minutes=1)))
     row = LedgerRow()
     for _ in range(10):
         row = begin(row, grant, NOW)
@@ -100,14 +101,14 @@ def test_a_grant_that_rested_gives_all_of_its_rate_at_once_and_then_one_per_inte
 
 
 def test_the_rate_is_not_given_back() -> None:
-    grant = replace(GRANT, rate=Rate(launches=1, period=timedelta(hours=1)))
+    grant = replace(GRANT, rate=Rate(times=1, period=timedelta(hours=1)))
     row = returned(begin(LedgerRow(), grant, NOW))
     assert reason_against(row, grant, NOW) is Reason.GRANT_RATE_LIMITED
     assert reason_against(row, replace(grant, rate=None), NOW) is None
 
 
 def test_rounding_never_lets_one_more_through() -> None:
-    grant = replace(GRANT, launches=1000, at_once=1000, rate=Rate(launches=3, period=timedelta(seconds=1)))
+    grant = replace(GRANT, launches=1000, at_once=1000, rate=Rate(times=3, period=timedelta(seconds=1)))
     row = LedgerRow()
     for _ in range(3):
         row = begin(row, grant, NOW)
@@ -164,7 +165,7 @@ def test_no_clock_makes_the_rate_give_more_than_a_burst_and_one_per_interval(
         GRANT,
         launches=10**9,
         at_once=10_000,
-        rate=Rate(launches=launches, period=timedelta(microseconds=period)),
+        rate=Rate(times=launches, period=timedelta(microseconds=period)),
     )
     row, clock, latest, begun = LedgerRow(), 0, 0, []
     for gap in gaps:
