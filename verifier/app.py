@@ -208,7 +208,7 @@ class App:
         return Dependencies(
             store=self._store,
             library=self._library,
-            platforms=PlatformVerifier(self._roots, self._service, self._log),
+            platforms=PlatformVerifier(self._roots, self._service, self._log, world.clock),
             denied=self._denied,
             sealing=self._keyring,
             signer=identities.signer,

@@ -270,7 +270,7 @@ async def desk(
         dependencies = Dependencies(
             store=store,
             library=library,
-            platforms=PlatformVerifier([root], key_service, log),
+            platforms=PlatformVerifier([root], key_service, log, clock),
             denied=deny_list,
             sealing=sealing,
             signer=identities.signer,

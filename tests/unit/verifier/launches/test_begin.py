@@ -167,8 +167,8 @@ async def test_an_unsigned_cek_is_completed_or_refused(tmp_path: Path) -> None:
     async with desk(tmp_path, platform=platform, key_service=keys) as d:
         assert (await refused(d.begin(chain=chain))).reason is Reason.CEK_UNSIGNED
         assert (await refused(d.begin(chain=chain, chip_id=bytes(64)))).reason is Reason.CEK_UNSIGNED
-        keys.known = {bytes(64): make_platform().chain.cek}
-        assert (await refused(d.begin(chain=chain, chip_id=bytes(64)))).reason is Reason.CEK_MISMATCH
+        keys.known = {b"\1" * 64: make_platform().chain.cek}
+        assert (await refused(d.begin(chain=chain, chip_id=b"\1" * 64))).reason is Reason.CEK_MISMATCH
         keys.known = {platform.chip_id: platform.chain.cek}
         await d.begin(chain=chain, chip_id=platform.chip_id)
 
