@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from uuid import uuid4
 
 from tests.support.store_rows import NOW, admin_request, audit, document, opening, release
-from verifier.store.rows import Known, Outcome, PdhSighting, RequestKey
+from verifier.store.rows import Known, LedgerRow, Outcome, PdhSighting, RequestKey, Spending
 from verifier.store.sql_store import SqlStore
 
 
@@ -54,3 +55,23 @@ async def test_the_time_and_the_revision_are_the_newest(store: SqlStore) -> None
     await store.record(audit(time=NOW))
     assert await store.apply_document(document(), admin_request(), audit()) is Outcome.DONE
     assert await store.known(key) == Known(time=NOW + timedelta(hours=1), revision=1, request=None)
+
+
+def _put(row: LedgerRow, _before: LedgerRow) -> LedgerRow:
+    return row
+
+
+async def test_a_grants_ledger_is_known_and_no_other_ones(store: SqlStore) -> None:
+    rows = {"g": LedgerRow(open=1, released=2, refused=3, rate_time=4), "h": LedgerRow(released=9)}
+    for name, row in rows.items():
+        await store.record(audit(), Spending(grant=name, change=partial(_put, row)))
+    new = opening()
+    assert await store.open_launch(new) is Outcome.DONE
+    key, launch_id = RequestKey(caller="c", method="m", request_id=uuid4()), new.launch.launch_id
+    for name, row in rows.items():
+        assert await store.known(key, grant=name) == Known(time=NOW, revision=0, request=None, ledger=row)
+        assert (await store.known(new.request.key, launch_id, grant=name)) == Known(
+            time=NOW, revision=0, request=new.request, launch=new.launch, ledger=row
+        )
+    for nothing in (None, "", "gh"):
+        assert (await store.known(key, grant=nothing)).ledger == LedgerRow()

@@ -58,13 +58,40 @@ def choose(
         raise Refused(
             Reason.CALLER_NOT_ALLOWED, f"{workload.name} {workload.version} does not name this caller, nor does a grant"
         )
-    fitting = [grant for grant in covering if caller in grant.callers and _fits_version(grant, workload)]
+    fitting = _fitting(covering, workload, caller)
     spendable = [grant for grant in fitting if reason_against(grant, now) is None]
     if len(spendable) > 1:
         raise InvalidInput(Reason.GRANT_AMBIGUOUS, "more than one grant could be spent: name one", field="grant")
     if spendable:
         return spendable[0]
     raise _refused(fitting, workload, now)
+
+
+def likely(*, workload: Workload, caller: str, named: str | None, grants: Mapping[str, Grant]) -> str | None:
+    """The grant that `choose` will come to if it comes to one, as far as documents tell without the time.
+
+    Args:
+        workload: the version in force.
+        caller: SPIFFE id.
+        named: the grant that the caller names.
+        grants: those in force, by name.
+
+    Returns:
+        Its name; None for standing authority, and where none or several would fit. A name that the caller made up is
+        never one.
+    """
+    if named is None and caller in workload.callers:
+        return None
+    fitting = [each.name for each in _fitting(grants.values(), workload, caller) if named in {None, each.name}]
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def _fitting(grants: Iterable[Grant], workload: Workload, caller: str) -> list[Grant]:
+    return [
+        grant
+        for grant in grants
+        if grant.workload == workload.name and caller in grant.callers and _fits_version(grant, workload)
+    ]
 
 
 def _named(workload: Workload, caller: str, grant: Grant | None, now: datetime) -> Grant:

@@ -8,7 +8,8 @@ Numbered steps of begin, repeated in the code:
 
 1. the clock is not far behind what is stored;
 2. the request id was not used before: if it was, for the same content, the stored answer is given again;
-3. the workload exists, and the caller has authority to launch it: its own, or a grant;
+3. the workload exists, and the caller has authority to launch it: its own, or a grant, which is not spent as far as
+   can be seen before anything is done;
 4. the platform is genuine;
 5. the platform is acceptable;
 6. the secrets would fit;
@@ -99,25 +100,29 @@ class Broker:
         content = request.content()
         swept = False
         for _ in range(JUDGED_MAX):
-            known = await self._d.store.known(key)
+            likely = self._d.library.likely_grant(request.workload, request.caller, request.grant)
+            known = await self._d.store.known(key, grant=likely)
             now = self._d.time.for_decisions(known.time)  # step 1
             if known.request is not None:  # step 2
                 return await self._begun_again(known.request, content, now)
-            candidate = await self._judge(request, known.revision, now)  # steps 3 to 6
+            documents = await self._d.library.current(known.revision)  # step 3
+            workload, grant = await self._authority(request, documents, now)
+            try:
+                if grant is not None and grant.name == likely:
+                    ledger.begin(known.ledger, grant, now)
+            except (LimitExceeded, Refused) as error:
+                await self._make_room(error, request, grant, now, swept=swept, platform=None)
+                swept = True
+                continue
+            candidate = await self._judge(request, documents, workload, grant, now)  # steps 4 to 6
             self._d.on_step("begin:judged")
             try:
                 begun = await self._open(
                     request=request, key=key, content=content, candidate=candidate, now=now
                 )  # step 7
-            except LimitExceeded as error:
-                # Launches whose time ran out still hold their reservations until somebody looks.
-                if swept or error.reason is not Reason.GRANT_BUSY or not await self._sweep(candidate.grant, now):
-                    self._d.records.log_refusal("launch.begin_postponed", request.caller, error)
-                    raise
+            except (LimitExceeded, Refused) as error:
+                await self._make_room(error, request, grant, now, swept=swept, platform=candidate.platform)
                 swept = True
-            except Refused as error:
-                finding = authority.finding(error)
-                raise await self._refuse_begin(request, [finding], now, platform=candidate.platform) from error
             else:
                 if begun is not None:
                     return begun
@@ -135,9 +140,29 @@ class Broker:
             raise ended(State.EXPIRED)
         return _begun(row)
 
-    async def _judge(self, request: BeginRequest, revision: int, now: datetime) -> _Candidate:
-        documents = await self._d.library.current(revision)
-        workload, grant = await self._authority(request, documents, now)  # step 3
+    async def _make_room(
+        self,
+        error: LimitExceeded | Refused,
+        request: BeginRequest,
+        grant: Grant | None,
+        now: datetime,
+        *,
+        swept: bool,
+        platform: VerifiedPlatform | None,
+    ) -> None:
+        """Refuse or put off a begin that its grant or the caller's open launches have no room for, unless some is made.
+
+        Launches whose time ran out still hold their reservations until somebody looks.
+        """
+        if isinstance(error, Refused):
+            raise await self._refuse_begin(request, [authority.finding(error)], now, platform=platform) from error
+        if swept or error.reason is not Reason.GRANT_BUSY or not await self._sweep(grant, now):
+            self._d.records.log_refusal("launch.begin_postponed", request.caller, error)
+            raise error
+
+    async def _judge(
+        self, request: BeginRequest, documents: Documents, workload: Workload, grant: Grant | None, now: datetime
+    ) -> _Candidate:
         platform = await self._genuine(request, now)  # step 4
         evidence = platform_evidence(  # step 5
             documents=documents,

@@ -37,6 +37,10 @@ class Library(Protocol):
         """
         ...
 
+    def likely_grant(self, workload: str, caller: str, named: str | None) -> str | None:
+        """The grant that a launch will spend, by the documents of the last look: a guess, for what is read along."""
+        ...
+
     async def in_force(self, documents: Documents, name: str) -> Prepared | None:
         """The version of a workload that these documents have in force, its artefacts measured as they are now.
 

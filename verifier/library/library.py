@@ -16,6 +16,7 @@ from pathlib import Path
 
 from common.sev.explain import Catalogue, Expected
 from common.telemetry.log import Log
+from verifier.appraisal import authority
 from verifier.appraisal.reference import Terms
 from verifier.documents.text import InvalidDocument
 from verifier.documents.workload import Workload
@@ -127,6 +128,17 @@ class Library:
             await self._before(documents)
             self._applied = applied
             return self._put(documents, prepared)
+
+    def likely_grant(self, workload: str, caller: str, named: str | None) -> str | None:
+        """The name of the grant that a launch will spend, by what was on file at the last look; None for none.
+
+        Nothing is decided by it: it says what to read from the store along with the documents' revision.
+        """
+        known = self._documents
+        versions = () if known is None else known.workloads.get(workload, ())
+        if known is None or not versions:
+            return None
+        return authority.likely(workload=versions[0], caller=caller, named=named, grants=known.grants)
 
     async def _read_rows(self) -> tuple[int, Mapping[DocumentRow, Entry]]:
         revision, rows = await self._rows.documents()

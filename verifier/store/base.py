@@ -45,12 +45,13 @@ class Store(Protocol):
         """The latest time that any transaction carried; None in a new store."""
         ...
 
-    async def known(self, key: RequestKey, launch_id: UUID | None = None) -> Known:
+    async def known(self, key: RequestKey, launch_id: UUID | None = None, *, grant: str | None = None) -> Known:
         """All that a decision begins with, in one look.
 
         Args:
             key: of the request that is to be decided.
             launch_id: the launch that it is about. It is seen as it was when the request was looked for, or later.
+            grant: the grant whose ledger it may be about, seen at the same moment as the request.
         """
         ...
 

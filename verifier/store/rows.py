@@ -179,6 +179,23 @@ class LaunchRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LedgerRow:
+    """How far a grant is spent. A new grant's is all zero.
+
+    Attributes:
+        open: launches between begin and their end.
+        released: launches that were released.
+        refused: launches that were refused.
+        rate_time: what `verifier.documents.rate` keeps the rate by, microseconds since 1970.
+    """
+
+    open: int = 0
+    released: int = 0
+    refused: int = 0
+    rate_time: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Known:
     """What a store knows at the moment at which something is to be decided.
 
@@ -188,6 +205,7 @@ class Known:
         request: what was kept under the key of the request that is to be decided; None where it is new.
         launch: the launch that it is about; None for none.
         pdh_oldest: the oldest firmware that the launch's PDH was used under; None for one that was never sighted.
+        ledger: of the grant that was asked for; all zero for a new one, and where none was.
     """
 
     time: datetime | None
@@ -195,23 +213,7 @@ class Known:
     request: RequestRow | None
     launch: LaunchRow | None = None
     pdh_oldest: tuple[int, int, int] | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class LedgerRow:
-    """How far a grant is spent. A new grant's is all zero.
-
-    Attributes:
-        open: launches between begin and their end.
-        released: launches that were released.
-        refused: launches that were refused.
-        rate_time: what `verifier.launches.ledger` keeps the rate by, microseconds since 1970.
-    """
-
-    open: int = 0
-    released: int = 0
-    refused: int = 0
-    rate_time: int = 0
+    ledger: LedgerRow = LedgerRow()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,18 @@ from verifier.store.sql_rows import LAUNCH_COLUMNS, firmware_text, key_cells, la
 
 _SHARED_MAX = 10_000  # ids of 32 bytes that are remembered
 _FOREVER = 2**63 - 1  # the latest time that can be stored
+_UNSPENT = LedgerRow()
+# What every decision begins with, and the same with a grant's ledger: who spends none does not pay for it.
+_COLUMNS = "audit_head.time, mark.value, request.content, request.launch_id"
+_TABLES = (
+    "audit_head JOIN mark ON mark.name='revision' "
+    "LEFT JOIN request ON request.caller=? AND request.method=? AND request.request_id=?"
+)
+_KNOWN = f"SELECT {_COLUMNS} FROM {_TABLES}"  # noqa: S608 -- constants
+_KNOWN_SPENT = (
+    f"SELECT {_COLUMNS}, ledger.open, ledger.released, ledger.refused, ledger.rate_time "  # noqa: S608 -- constants
+    f"FROM {_TABLES} LEFT JOIN ledger ON ledger.grant_name=?"
+)
 
 
 class Launches(OverEngine):
@@ -42,19 +54,15 @@ class Launches(OverEngine):
         row = await self._row("SELECT time FROM audit_head")
         return None if row is None or row[0] is None else time_of(row[0])
 
-    async def known(self, key: RequestKey, launch_id: UUID | None = None) -> Known:
+    async def known(self, key: RequestKey, launch_id: UUID | None = None, *, grant: str | None = None) -> Known:
         """See `Store`."""
 
         def work(transaction: Transaction) -> Known:
-            row = transaction.row(
-                "SELECT audit_head.time, mark.value, request.content, request.launch_id FROM audit_head "
-                "JOIN mark ON mark.name='revision' "
-                "LEFT JOIN request ON request.caller=? AND request.method=? AND request.request_id=?",
-                *key_cells(key),
-            )
+            cells = key_cells(key)
+            row = transaction.row(_KNOWN, *cells) if grant is None else transaction.row(_KNOWN_SPENT, *cells, grant)
             if row is None:
                 raise ValueError("the schema begins with a head and a revision")
-            time, revision, content, opened = row
+            time, revision, content, opened, *ledger = row
             found = None
             if launch_id is not None:
                 found = transaction.row(
@@ -68,6 +76,7 @@ class Launches(OverEngine):
                 request=None if content is None else RequestRow(key=key, content=content, launch_id=UUID(opened)),
                 launch=None if found is None else launch_of(found[3:]),
                 pdh_oldest=None if found is None or found[0] is None else found[:3],
+                ledger=_ledger_of(ledger) if ledger and ledger[0] is not None else _UNSPENT,
             )
 
         return await self._engine.read(work)
@@ -262,7 +271,7 @@ def _locked_ledger(transaction: Transaction, grant: str) -> LedgerRow:
     return _ledger_of(row)
 
 
-def _ledger_of(row: tuple[int, ...]) -> LedgerRow:
+def _ledger_of(row: Sequence[int]) -> LedgerRow:
     return LedgerRow(open=row[0], released=row[1], refused=row[2], rate_time=row[3])
 
 

@@ -11,7 +11,7 @@ import pytest
 from common.errors import InvalidInput, NotFound, Reason, Refused
 from tests.support import documents
 from tests.support.documents import CALLER, STRANGER
-from verifier.appraisal.authority import RULES, choose, finding, reason_against, stopped
+from verifier.appraisal.authority import RULES, choose, finding, likely, reason_against, stopped
 from verifier.documents.grant import Grant
 from verifier.documents.workload import Workload
 
@@ -46,6 +46,25 @@ def refused(*grants: Grant, **asked: Any) -> Reason:
         chosen(*grants, **asked)
     assert finding(caught.value).rule == RULES[caught.value.reason]
     return caught.value.reason
+
+
+def test_the_likely_grant_is_the_chosen_one_and_none_where_that_depends() -> None:
+    mine, twin, late = grant(), grant("twin"), grant("late", not_before=LATER)
+    others = grant("other", callers=[CALLER]), grant("db", workload="db"), grant("old", versions=["0"])
+
+    def told(*grants: Grant, caller: str = STRANGER, named: str | None = None) -> str | None:
+        return likely(workload=workload(), caller=caller, named=named, grants={each.name: each for each in grants})
+
+    assert told(mine, *others) == "fleet"
+    assert told(mine, twin, named="twin") == "twin"
+    assert told(*others, caller=CALLER) is None
+    assert told(*others, caller=CALLER, named="other") == "other"
+    assert told(*others) is None
+    assert told(mine, twin) is None
+    for made_up in ("other", "db", "old", "none"):
+        assert told(mine, *others, named=made_up) is None
+    # Which of them can be spent, the time decides.
+    assert told(mine, late) is None
 
 
 def test_a_workloads_own_caller_spends_no_grant_unless_it_names_one() -> None:
