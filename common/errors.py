@@ -87,6 +87,7 @@ class Reason(StrEnum):
     PDH_PREDATES_FIRMWARE = "PDH_PREDATES_FIRMWARE"
     KEY_UNAVAILABLE = "KEY_UNAVAILABLE"
     DOCUMENT_CONFLICT = "DOCUMENT_CONFLICT"
+    TOO_MANY_REFUSALS = "TOO_MANY_REFUSALS"
 
 
 class SevattestError(Exception):
@@ -210,7 +211,13 @@ class LimitExceeded(SevattestError):
     """The caller asks for too much at once."""
 
     reasons = frozenset(
-        {Reason.TOO_MANY_REQUESTS, Reason.TOO_MANY_LAUNCHES, Reason.GRANT_BUSY, Reason.GRANT_RATE_LIMITED}
+        {
+            Reason.TOO_MANY_REQUESTS,
+            Reason.TOO_MANY_LAUNCHES,
+            Reason.GRANT_BUSY,
+            Reason.GRANT_RATE_LIMITED,
+            Reason.TOO_MANY_REFUSALS,
+        }
     )
 
 

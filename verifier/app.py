@@ -34,6 +34,7 @@ from verifier.keys.base import SealingKey
 from verifier.keys.identities import load_identities
 from verifier.keys.keyring import Keyring
 from verifier.keys.rewrap import Rewrap
+from verifier.launches.allowances import Allowances
 from verifier.launches.broker import Broker
 from verifier.launches.dependencies import Dependencies, no_step
 from verifier.launches.platforms import DenyList, PlatformVerifier
@@ -217,6 +218,7 @@ class App:
             secrets=parts.make_secrets(config, self._store, self._keyring, world.random, self._log),
             time=Timekeeper(world.clock, self._store.last_time),
             records=Recorder(self._log, new_id, self._meter),
+            allowances=Allowances(config.limits.allowance),
             random=world.random,
             new_id=new_id,
             open_cap=config.limits.open_launches,

@@ -13,6 +13,7 @@ from common.errors import InvalidInput, Reason
 from common.rpc.identity import Role
 from common.rpc.tls import ServerTls
 from common.telemetry.endpoint import MetricsConfig
+from verifier.documents.rate import SPELLING, Rate, read_rate
 
 _DENIED = re.compile(r"[0-9a-f]{64}|[0-9a-f]{128}")
 
@@ -182,11 +183,15 @@ class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     Attributes:
         open_launches: open launches that one caller may have, 1 to 100000.
         calls: calls of one caller at once, 1 to 1000.
+        refusals: how many refusals and reports of one caller are recorded in a time, as a `Rate` is spelled.
         sweep_interval: seconds between two looks for launches whose time ran out, 1 to 3600.
     """
 
     open_launches: int = 1000
     calls: int = 32
+    # Twice the launches that a caller may have open: all of them refused and all of them reported, at one moment. A
+    # record takes 500 bytes or a few more, so a caller that never stops fills some 30 MB a day.
+    refusals: str = "2000/1h"
     sweep_interval: float = 15.0
 
     def __post_init__(self) -> None:
@@ -198,6 +203,19 @@ class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         ):
             if not 1 <= value <= most:
                 raise InvalidInput(Reason.INVALID_CONFIGURATION, f"{name}: must be 1 to {most}")
+        _ = self.allowance
+
+    @property
+    def allowance(self) -> Rate:
+        """What `refusals` says.
+
+        Raises:
+            InvalidInput: it is no rate.
+        """
+        rate = read_rate(self.refusals)
+        if rate is None:
+            raise InvalidInput(Reason.INVALID_CONFIGURATION, f"refusals: must be a number in a period, {SPELLING}")
+        return rate
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

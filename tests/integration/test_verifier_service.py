@@ -369,3 +369,21 @@ async def test_a_launch_outlives_a_restart_and_kill_9(site: VerifierSite) -> Non
     with site.serve() as third:
         async with site.channel(third.address) as channel:
             assert await ask(site.stub(channel).ReleaseSecret, request) == released
+
+
+async def test_a_caller_that_is_refused_again_and_again_is_told_to_wait_and_what_it_began_goes_on(
+    folder: Path,
+) -> None:
+    site = VerifierSite.make(folder, extra='[limits]\nrefusals = "2/1h"')
+    forged = platform_pb2.PlatformEvidence(chain=make_platform(ca=fresh_ca()).chain.to_bytes())
+    with site.serve() as serving:
+        async with site.channel(serving.address) as channel:
+            stub = site.stub(channel)
+            begun = await ask(stub.BeginLaunch, begin(site))
+            errors = [await refused(stub.BeginLaunch, begin(site, platform=forged)) for _ in range(6)]
+            assert [error.reason for error in errors] == [Reason.UNTRUSTED_ROOT] * 2 + [Reason.TOO_MANY_REFUSALS] * 4
+            assert 1790 <= int(errors[-1].fields["retry_after"]) <= 1800
+            assert (await refused(stub.BeginLaunch, begin(site))).reason is Reason.TOO_MANY_REFUSALS
+            assert (await ask(stub.ReleaseSecret, release(begun, measured(site, begun)))).payload
+    lines = [json.loads(line)["event"] for line in (folder / "log").read_text().splitlines()]
+    assert lines.count("caller.turned_away") == 1

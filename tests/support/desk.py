@@ -34,8 +34,11 @@ from tests.support.recording_log import RecordingLog
 from tests.support.rpc import SettableClock
 from verifier.admin.desks import owner_desks
 from verifier.admin.requests import Asked
+from verifier.config import LimitsConfig
+from verifier.documents.rate import Rate
 from verifier.keys.file import FileKey
 from verifier.keys.identities import load_identities
+from verifier.launches.allowances import Allowances
 from verifier.launches.broker import Broker
 from verifier.launches.dependencies import Dependencies, no_step
 from verifier.launches.launch import AbandonRequest, BeginRequest, Begun, Launch, Released, ReleaseRequest
@@ -56,6 +59,7 @@ VERIFIER = "spiffe://owner.example/verifier/v"
 START = datetime(2026, 3, 1, 12, tzinfo=UTC)
 FIRMWARE = FirmwareVersion(1, 55, 24)
 KEK = bytes(range(32))
+ALLOWANCE = LimitsConfig().allowance
 
 
 async def refused(step: Awaitable[object]) -> SevattestError:
@@ -226,6 +230,7 @@ async def desk(
     key_service: KeyService | None = None,
     denied: Sequence[str] = (),
     open_cap: int = 100,
+    allowance: Rate = ALLOWANCE,
     clock: SettableClock | None = None,
     on_step: Callable[[str], None] = no_step,
     random: Callable[[int], bytes] = os.urandom,
@@ -242,6 +247,7 @@ async def desk(
         key_service: where signed CEKs come from.
         denied: the owner's deny-list.
         open_cap: open launches a caller may have.
+        allowance: how many refusals and reports of a caller are recorded.
         clock: the time.
         on_step: called between steps.
         random: random bytes.
@@ -279,6 +285,7 @@ async def desk(
             secrets=Secrets(stored=StoredSecrets(store, sealing), random=random, log=log),
             time=Timekeeper(clock, store.last_time),
             records=Recorder(log, uuid4, meter),
+            allowances=Allowances(allowance),
             random=random,
             new_id=uuid4,
             open_cap=open_cap,

@@ -27,6 +27,8 @@ RULES: Mapping[Reason, str] = MappingProxyType(
         Reason.GRANT_EXHAUSTED: "grant.exhausted",
     }
 )
+# … and those for which somebody without any authority over the workload is refused.
+STRANGE = frozenset({Reason.CALLER_NOT_ALLOWED, Reason.GRANT_REQUIRED})
 # Of several grants that fit and cannot be spent, the reason of the one that is nearest to it is told.
 _TOLD_FIRST = (Reason.GRANT_NOT_YET_VALID, Reason.GRANT_SUSPENDED, Reason.GRANT_EXPIRED)
 

@@ -8,8 +8,8 @@ Numbered steps of begin, repeated in the code:
 
 1. the clock is not far behind what is stored;
 2. the request id was not used before: if it was, for the same content, the stored answer is given again;
-3. the workload exists, and the caller has authority to launch it: its own, or a grant, which is not spent as far as
-   can be seen before anything is done;
+3. the caller's allowance of refusals is not used up; the workload exists, and the caller has authority to launch it:
+   its own, or a grant, which is not spent as far as can be seen before anything is done;
 4. the platform is genuine;
 5. the platform is acceptable;
 6. the secrets would fit;
@@ -38,6 +38,7 @@ from verifier.documents.workload import Workload
 from verifier.keys.base import launch_place
 from verifier.keys.session import fresh_session
 from verifier.launches import ledger
+from verifier.launches.allowances import STRANGERS
 from verifier.launches.dependencies import Dependencies, changing, refusal_for
 from verifier.launches.gather import platform_evidence
 from verifier.launches.launch import AbandonRequest, BeginRequest, Begun, Launch, view
@@ -50,6 +51,8 @@ from verifier.launches.steps import (
     TIK_COLUMN,
     expire,
     owned_launch,
+    record,
+    require_allowance,
     require_room,
     reused,
     settle,
@@ -92,7 +95,8 @@ class Broker:
             Refused: the caller has no authority, its grant cannot be spent, or the platform is not genuine or not
                 acceptable.
             WrongState: the secrets do not fit; the clock is behind; or, on a repeat, the launch has ended.
-            LimitExceeded: the caller or the grant has too many open launches, or begins too many in a time.
+            LimitExceeded: the caller or the grant has too many open launches, or begins too many in a time; or too
+                many of the caller's begins were refused.
             Unavailable: the key service, a secret's source, the sealing key or the store has no answer; nothing was
                 begun.
         """
@@ -105,7 +109,8 @@ class Broker:
             now = self._d.time.for_decisions(known.time)  # step 1
             if known.request is not None:  # step 2
                 return await self._begun_again(known.request, content, now)
-            documents = await self._d.library.current(known.revision)  # step 3
+            await require_allowance(self._d, request.caller, now)  # step 3
+            documents = await self._d.library.current(known.revision)
             workload, grant = await self._authority(request, documents, now)
             try:
                 if grant is not None and grant.name == likely:
@@ -210,7 +215,7 @@ class Broker:
     async def _refuse_begin(
         self, request: BeginRequest, findings: Sequence[Finding], now: datetime, platform: VerifiedPlatform | None
     ) -> Refused:
-        """Write the refusal down; the error to raise."""
+        """Write the refusal down, as far as the caller's allowance goes; the error to raise."""
         row = self._d.records.row(
             AuditEvent.BEGIN_REFUSED,
             time=now,
@@ -221,9 +226,8 @@ class Broker:
             grant=request.grant,
             platform=None if platform is None else self._platform(platform),
         )
-        await self._d.store.record(row)
-        self._d.time.stored(now)
-        self._d.records.log(row)
+        strange = findings[0].reason in authority.STRANGE
+        await record(self._d, row, STRANGERS if strange else request.caller)
         return refusal_for(findings, row.audit_id)
 
     async def _open(

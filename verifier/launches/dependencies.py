@@ -13,6 +13,7 @@ from verifier.appraisal.evidence import Finding
 from verifier.appraisal.reference import Terms
 from verifier.keys.base import SealingKey
 from verifier.keys.signer import Pseudonyms, Signer
+from verifier.launches.allowances import Allowances
 from verifier.launches.platforms import DenyList, PlatformVerifier
 from verifier.launches.records import Recorder
 from verifier.launches.timekeeper import Timekeeper
@@ -78,6 +79,7 @@ class Dependencies:
         secrets: reads what is released.
         time: the time that launches live by.
         records: makes audit records.
+        allowances: bound what a caller can have recorded.
         random: gives random bytes.
         new_id: gives launch ids, never one twice.
         open_cap: open launches that one caller may have.
@@ -96,6 +98,7 @@ class Dependencies:
     secrets: SecretSource
     time: Timekeeper
     records: Recorder
+    allowances: Allowances
     random: Callable[[int], bytes]
     new_id: Callable[[], UUID]
     open_cap: int

@@ -35,6 +35,7 @@ class AuditEvent(StrEnum):
     EXPIRED = "launch.expired"
     REPORT_VERIFIED = "report.verified"
     REPORT_REFUSED = "report.refused"
+    TURNED_AWAY = "caller.turned_away"
     DOCUMENT_APPLIED = "document.applied"
     DOCUMENT_DELETED = "document.deleted"
     SECRET_PUT = "secret.put"  # noqa: S105 -- an event's name
@@ -48,6 +49,7 @@ _REFUSALS = frozenset(
         AuditEvent.REFUSED_LATE,
         AuditEvent.REPEAT_REFUSED,
         AuditEvent.REPORT_REFUSED,
+        AuditEvent.TURNED_AWAY,
     }
 )
 

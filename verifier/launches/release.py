@@ -57,6 +57,7 @@ from verifier.launches.steps import (
     TEK_COLUMN,
     TIK_COLUMN,
     expire,
+    record,
     reused,
     settle,
     unknown_launch,
@@ -121,6 +122,7 @@ class Releaser:
             Refused: the measurement, the firmware or the chip is not accepted; the launch is spent.
             WrongState: the launch has ended already, or its time ran out; the secrets do not fit or the clock is
                 behind, and nothing was spent.
+            LimitExceeded: a repeat is refused, and too much of this caller is recorded already (TOO_MANY_REFUSALS).
             Unavailable: the store, the sealing key or a secret's source has no answer; nothing was spent.
         """
         key = RequestKey(caller=request.caller, method=RELEASE, request_id=request.request_id)
@@ -174,9 +176,7 @@ class Releaser:
                 reason=findings[0].reason,
                 findings=findings,
             )
-            await self._d.store.record(audit)
-            self._d.time.stored(now)
-            self._d.records.log(audit)
+            await record(self._d, audit, row.caller)
             raise refusal_for(findings, audit.audit_id)
         return _released(view(row), row.packet)
 

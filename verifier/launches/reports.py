@@ -1,8 +1,9 @@
 """Attestation reports of guests that have their secrets: genuine by the platform's PEK, acceptable by the launch.
 
-1. the launch is the caller's and has released its secrets;
-2. the report is genuine: the PEK of the chain that was verified at begin signed it;
-3. the report is acceptable: nonce, launch digest and policy are those that are due.
+1. the caller has not used its allowance up: each report makes a record, whatever it says;
+2. the launch is the caller's and has released its secrets;
+3. the report is genuine: the PEK of the chain that was verified at begin signed it;
+4. the report is acceptable: nonce, launch digest and policy are those that are due.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from verifier.appraisal.reference import decode_terms
 from verifier.launches.dependencies import Dependencies, refusal_for
 from verifier.launches.records import AuditEvent
 from verifier.launches.state import State, ended
-from verifier.launches.steps import owned_launch
+from verifier.launches.steps import owned_launch, record, require_allowance
 
 
 class ReportVerifier:
@@ -42,10 +43,12 @@ class ReportVerifier:
             WrongState: the launch has not released its secrets.
             ParseError: the bytes are no report.
             Refused: BAD_SIGNATURE or REPORT_REFUSED.
+            LimitExceeded: too many reports or refusals of this caller (TOO_MANY_REFUSALS).
             Unavailable: the store has no answer.
         """
         now = await self._d.time.now()
-        row = await owned_launch(self._d, launch_id, caller, now)  # step 1
+        await require_allowance(self._d, caller, now)  # step 1
+        row = await owned_launch(self._d, launch_id, caller, now)  # step 2
         if row.state == State.OPEN:
             raise WrongState(Reason.WRONG_STATE, "the launch has not released its secrets yet")
         if row.state != State.RELEASED or row.digest is None:
@@ -53,11 +56,11 @@ class ReportVerifier:
         parsed = AttestationReport.parse(report)
         findings: list[Finding] = []
         try:
-            parsed.verify(PlatformChain.parse(await self._d.store.chain(row.platform_id)).pek)  # step 2
+            parsed.verify(PlatformChain.parse(await self._d.store.chain(row.platform_id)).pek)  # step 3
         except Refused as error:
             findings.append(Finding(rule="report.genuine", reason=error.reason, message=error.message))
         else:
-            evidence = ReportEvidence(  # step 3
+            evidence = ReportEvidence(  # step 4
                 nonce=parsed.nonce,
                 asked_nonce=nonce,
                 digest=parsed.digest,
@@ -74,9 +77,7 @@ class ReportVerifier:
             reason=findings[0].reason if findings else None,
             findings=findings,
         )
-        await self._d.store.record(audit)
-        self._d.time.stored(now)
-        self._d.records.log(audit)
+        await record(self._d, audit, caller)
         if findings:
             raise refusal_for(findings, audit.audit_id)
         return parsed

@@ -1,4 +1,4 @@
-"""Steps that begin, release and the rest share: finding the caller's launch, ending one whose time ran out."""
+"""Steps that begin, release and the rest share: finding a launch, ending an overdue one, keeping a record."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Callable
 from datetime import datetime
 from uuid import UUID
 
-from common.errors import InvalidInput, NotFound, PlatformFailed, Reason, WrongState
+from common.errors import InvalidInput, LimitExceeded, NotFound, PlatformFailed, Reason, WrongState
 from common.sev.abi import PACKET_MAX_SIZE
 from verifier.launches import ledger
+from verifier.launches.allowances import STRANGERS
 from verifier.launches.dependencies import Dependencies
 from verifier.launches.records import AuditEvent
 from verifier.launches.state import Event, State, after
@@ -47,6 +48,60 @@ async def owned_launch(dependencies: Dependencies, launch_id: UUID, caller: str,
         if row is None:
             raise unknown_launch()
     return row
+
+
+async def require_allowance(dependencies: Dependencies, caller: str, now: datetime) -> None:
+    """Turn a caller away that has used its allowance up, before any work is done for it.
+
+    Raises:
+        LimitExceeded: it has (TOO_MANY_REFUSALS, with the seconds to wait in the field `retry_after`).
+        Unavailable: the store has no answer.
+    """
+    if seconds := dependencies.allowances.wait(caller, now):
+        raise await _turned_away(dependencies, caller, caller, now, seconds)
+
+
+async def record(dependencies: Dependencies, row: AuditRow, who: str) -> None:
+    """Write down what a caller's call came to, where nothing but the call itself made that happen.
+
+    Args:
+        dependencies: the means.
+        row: the record.
+        who: whose allowance it is taken from: the caller's or that of `STRANGERS`.
+
+    Raises:
+        LimitExceeded: nothing is left of it (TOO_MANY_REFUSALS, with the seconds to wait in the field `retry_after`).
+        Unavailable: the store has no answer.
+    """
+    if seconds := dependencies.allowances.take(who, row.time):
+        raise await _turned_away(dependencies, who, row.caller, row.time, seconds)
+    await _record(dependencies, row)
+
+
+async def _turned_away(
+    dependencies: Dependencies, who: str, caller: str | None, now: datetime, seconds: int
+) -> LimitExceeded:
+    """The error for a caller without allowance; that it is turned away is written down now and then, not every time."""
+    if dependencies.allowances.news(who, now):
+        row = dependencies.records.row(
+            AuditEvent.TURNED_AWAY, time=now, caller=caller, reason=Reason.TOO_MANY_REFUSALS, shared=who == STRANGERS
+        )
+        try:
+            await _record(dependencies, row)
+        except BaseException:
+            dependencies.allowances.unsaid(who)
+            raise
+    return LimitExceeded(
+        Reason.TOO_MANY_REFUSALS,
+        f"too many refusals or reports of late: the next call is looked at in {seconds} seconds",
+        retry_after=str(seconds),
+    )
+
+
+async def _record(dependencies: Dependencies, row: AuditRow) -> None:
+    await dependencies.store.record(row)
+    dependencies.time.stored(row.time)
+    dependencies.records.log(row)
 
 
 async def expire(dependencies: Dependencies, launch_id: UUID, now: datetime) -> bool:

@@ -119,6 +119,8 @@ def test_an_empty_folder_and_a_missing_key_service_are_warnings(tmp_path: Path) 
     [
         ("colour = 1", 'unknown key "kds.colour"'),
         ("[limits]\nopen_launches = 0", "limits: open_launches: must be 1 to 100000"),
+        ('[limits]\nrefusals = "many"', "limits: refusals: must be a number in a period"),
+        ('[limits]\nrefusals = "0/1h"', "limits: refusals: must be a number in a period"),
         ("[limits]\nspeed = 1", 'unknown key "limits.speed"'),
         ("[limits]\nsweep_interval = nan", "limits: sweep_interval: must be 1 to 3600"),
     ],
