@@ -3,8 +3,8 @@
 It is kept by the generic cell rate algorithm (GCRA): the number is the theoretical arrival time, in microseconds since
 1970, and zero at first. Each that is let through moves it on by one interval (period / times), and none is let through
 that would put it further ahead of the clock than one period. So who rested gets all of them at once, and then one per
-interval; in any time t there are no more than `times` + t / interval. A clock that goes back makes whoever waits wait
-longer, never shorter.
+interval; in any time t there are no more than `times` + t / interval. That holds for a time that does not go back, as
+`verifier.launches.timekeeper` makes of any clock.
 """
 
 from __future__ import annotations
@@ -44,6 +44,10 @@ class Rate:
         """Seconds until there is room for one more, rounded up; 0 where there is now."""
         ahead = self.arrival(earlier, now) - (now - _EPOCH) // _MICROSECOND
         return max(0, -(-(ahead - self._interval * self.times) // _SECOND))
+
+    def furthest(self, now: datetime) -> int:
+        """The number of whoever has had all that there is at `now`: none that was kept by this rate is larger."""
+        return (now - _EPOCH) // _MICROSECOND + self._interval * self.times
 
     @property
     def _interval(self) -> int:

@@ -12,6 +12,7 @@ from datetime import datetime
 from common.errors import LimitExceeded, PlatformFailed, Reason, Refused, SevattestError
 from verifier.documents.grant import Grant
 from verifier.documents.rate import Rate
+from verifier.launches.timekeeper import SKEW_MAX
 from verifier.store.rows import LedgerRow
 
 # These go to the caller as they are. How many launches others have open is theirs and the owner's, who asks for the
@@ -85,6 +86,10 @@ def _closed(row: LedgerRow) -> LedgerRow:
 
 
 def _arrival(earlier: int, rate: Rate, now: datetime) -> int:
+    # Further ahead than this rate gets by any replica's clock: an earlier version's was slower, and it does not outlive
+    # that version.
+    if earlier > rate.furthest(now + SKEW_MAX):
+        earlier = 0
     if seconds := rate.wait(earlier, now):
         raise LimitExceeded(
             Reason.GRANT_RATE_LIMITED,

@@ -100,6 +100,20 @@ def test_a_grant_that_rested_gives_all_of_its_rate_at_once_and_then_one_per_inte
     assert reason_against(row, grant, NOW + timedelta(seconds=6)) is Reason.GRANT_RATE_LIMITED
 
 
+def test_a_faster_rate_counts_at_once_and_gives_no_second_burst() -> None:
+    slow = replace(GRANT, launches=9999, at_once=9999, rate=Rate(times=10, period=timedelta(days=30)))
+    fast = replace(slow, rate=Rate(times=1000, period=timedelta(minutes=1)))
+    row = LedgerRow()
+    for _ in range(10):
+        row = begin(row, slow, NOW)
+    assert reason_against(row, slow, NOW + timedelta(minutes=1)) is Reason.GRANT_RATE_LIMITED
+    for _ in range(1000):
+        row = begin(row, fast, NOW + timedelta(minutes=1))
+    assert reason_against(row, fast, NOW + timedelta(minutes=1)) is Reason.GRANT_RATE_LIMITED
+    # … not even on a replica whose clock is behind.
+    assert reason_against(row, fast, NOW - timedelta(minutes=8)) is Reason.GRANT_RATE_LIMITED
+
+
 def test_the_rate_is_not_given_back() -> None:
     grant = replace(GRANT, rate=Rate(times=1, period=timedelta(hours=1)))
     row = returned(begin(LedgerRow(), grant, NOW))
@@ -170,15 +184,14 @@ def test_no_clock_makes_the_rate_give_more_than_a_burst_and_one_per_interval(
     row, clock, latest, begun = LedgerRow(), 0, 0, []
     for gap in gaps:
         clock = max(0, clock + gap)
-        latest = max(latest, clock)
+        latest = max(latest, clock)  # as the timekeeper does
         try:
-            row = begin(row, grant, NOW + timedelta(microseconds=clock))
+            row = begin(row, grant, NOW + timedelta(microseconds=latest))
         except LimitExceeded as error:
             # Who waits as long as told gets one.
-            later = NOW + timedelta(microseconds=clock, seconds=int(error.fields["retry_after"]))
+            later = NOW + timedelta(microseconds=latest, seconds=int(error.fields["retry_after"]))
             assert begin(row, grant, later).open == row.open + 1
         else:
-            # By the latest time that the clock ever showed: going back gains nothing.
             begun.append(latest)
     for first, start in enumerate(begun):
         for count, end in enumerate(begun[first:], start=1):
