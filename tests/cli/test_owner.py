@@ -229,7 +229,8 @@ def test_a_secret_comes_from_standard_input_too(served: OwnersVerifier, name: st
 
 
 def test_a_secret_is_no_argument_and_no_terminal_shows_one(served: OwnersVerifier, tmp_path: Path, name: str) -> None:
-    assert owner(served, "secret", "put", name, "hunter2").code == 2
+    argument = owner(served, "secret", "put", name, "hunter2")
+    assert (argument.code, "a secret is no argument" in argument.err, "hunter2" in argument.err) == (2, True, False)
     assert owner(served, "secret", "put", name).code == 2
     empty = tmp_path / "empty"
     empty.touch()
@@ -441,6 +442,21 @@ def test_records_are_printed_oldest_first(served: OwnersVerifier, tmp_path: Path
     assert "launch.begun" in said
     assert "  launch.measurement: " in said
     assert name not in said
+
+
+def test_the_record_that_a_refusal_names_is_found_by_its_id(served: OwnersVerifier) -> None:
+    begin(served, "cluster", release=True)
+    records = [json.loads(line) for line in owner(served, "audit", "list", "--json").out.splitlines()]
+    refusal = next(each for each in records if each["event"] == "launch.refused")
+    found = owner(served, "audit", "list", "--id", refusal["audit_id"], "--json")
+    assert ([json.loads(line) for line in found.out.splitlines()], found.code) == ([refusal], 0)
+    said = owner(served, "audit", "list", "--id", refusal["audit_id"]).out
+    assert said.startswith(f"{refusal['number']}  ")
+    assert "  launch.measurement: " in said
+    nobody = "00000000-0000-4000-8000-000000000000"
+    missed = owner(served, "audit", "list", "--id", nobody)
+    assert (missed.out, missed.err, missed.code) == ("", f"sevattest: there is no record {nobody}\n", 2)
+    assert owner(served, "audit", "list", "--id", "17").code == 2
 
 
 # The way there.

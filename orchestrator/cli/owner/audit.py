@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.errors import InvalidInput, SevattestError
+from common.errors import InvalidInput, NotFound, Reason, SevattestError
 from common.ids import canonical_uuid
 from orchestrator.cli.owner.connection import connected
 from orchestrator.cli.owner.files import about, read
@@ -33,12 +33,13 @@ _BATCH = 1000  # records that are verified at once, so that a log of any length 
 def add_list(parser: argparse.ArgumentParser) -> None:
     """The command line of `audit list`."""
     parser.add_argument("--launch", type=_uuid, metavar="ID", help="only records of this launch")
+    parser.add_argument("--id", type=_uuid, metavar="AUDIT-ID", help="only the record that a refusal named")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
 
 
 def _uuid(text: str) -> str:
     if canonical_uuid(text) is None:
-        raise argparse.ArgumentTypeError("must be a launch's id, a UUID in lower case")
+        raise argparse.ArgumentTypeError("must be an id, a UUID in lower case")
     return text
 
 
@@ -46,11 +47,14 @@ def run_list(args: argparse.Namespace) -> int:
     """Print records as they come."""
 
     async def work(admin: VerifierAdmin) -> int:
+        found = False
         async for record in admin.records(args.launch or ""):
-            if args.json:
-                print(json.dumps(_as_object(record), ensure_ascii=False))
-            else:
-                print("\n".join(_lines(record)))
+            if args.id not in (None, record.audit_id):
+                continue
+            found = True
+            print(json.dumps(_as_object(record), ensure_ascii=False) if args.json else "\n".join(_lines(record)))
+        if args.id is not None and not found:
+            raise NotFound(Reason.NOT_FOUND, f"there is no record {args.id}")
         return 0
 
     return connected(args, work)
@@ -183,7 +187,8 @@ def _say_verified(args: argparse.Namespace, head: Head, checkpoints: int, covere
             )
         )
     else:
-        print(f"the audit log is whole: records {first} to {head.number}, checkpoints: {checkpoints}")
+        records = f"records {first} to {head.number}" if head.number >= first else f"no record after {first - 1}"
+        print(f"the audit log is whole: {records}, checkpoints: {checkpoints}")
         print(f"signed up to record {covered}; {head.number - covered} came after the newest checkpoint")
     if args.jwks is None:
         print(

@@ -18,9 +18,16 @@ if TYPE_CHECKING:
 def add_put(parser: argparse.ArgumentParser) -> None:
     """The command line of `secret put`. The value is no argument: any process of the machine could read it there."""
     parser.add_argument("name", metavar="NAME", help="of the secret; a new version if there is one")
-    parser.add_argument("stdin", nargs="?", choices=("-",), metavar="-", help="read its bytes from standard input")
+    parser.add_argument("stdin", nargs="?", type=_dash, metavar="-", help="read its bytes from standard input")
     parser.add_argument("--file", metavar="FILE", help="read its bytes from a file, as they are")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a line")
+
+
+def _dash(text: str) -> str:
+    if text != "-":
+        # Not repeated: it may be the secret, and this text may end in somebody's log.
+        raise argparse.ArgumentTypeError("a secret is no argument: pipe it in with -, or use --file FILE")
+    return text
 
 
 def run_put(args: argparse.Namespace) -> int:

@@ -206,5 +206,7 @@ def test_a_verification_says_what_it_covers_as_json(admin: LocalAdmin) -> None:
 
 
 def test_an_empty_log_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    said = local_admin(tmp_path, monkeypatch, capsys).run("audit", "verify", "--json")
+    admin = local_admin(tmp_path, monkeypatch, capsys)
+    said = admin.run("audit", "verify", "--json")
     assert (json.loads(said.out)["records"], said.code) == (0, 0)
+    assert admin.run("audit", "verify").out.startswith("the audit log is whole: no record after 0, ")
