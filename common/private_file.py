@@ -67,6 +67,11 @@ def write_private(path: Path, data: bytes) -> None:
         raise _unusable(path, (error.strerror or "cannot be written").lower()) from error
     finally:
         os.close(fd)
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def _unusable(path: Path, what: str, **fields: str) -> InvalidInput:

@@ -192,10 +192,10 @@ class App:
     async def _require_keys(self, known: frozenset[bytes]) -> None:
         strange = await self._store.sealing_keys() - known
         if strange:
-            names = ", ".join(sorted(key.hex() for key in strange))
+            missing, given = (", ".join(sorted(key.hex() for key in keys)) for keys in (strange, known))
             raise InvalidInput(
                 Reason.INVALID_CONFIGURATION,
-                f"key_file: what is stored is sealed under another key ({names})",
+                f"key_file: what is stored is sealed under another key ({missing}) than the configured {given}",
                 hint="name that key file in older_key_files; it is needed until everything is sealed under the new one",
             )
 

@@ -15,7 +15,7 @@ from common.amd.kds import KeyService
 from common.audit.chain import Head, Link, broken, verify_chain
 from common.audit.checkpoint import checkpoint_claims
 from common.audit.jws import CHECKPOINT_TYPE
-from common.errors import SevattestError
+from common.errors import SevattestError, Unavailable
 from common.sev.certs.roots import Root
 from common.telemetry.log import Log
 from verifier.config import AuditConfig
@@ -156,6 +156,8 @@ async def sweep(
                 ready(cause, True)  # noqa: FBT003 -- a cause and whether it holds
             except SevattestError as error:
                 ready(cause, False)  # noqa: FBT003 -- the same
+                if cause == "audit" and isinstance(error, Unavailable):
+                    event = "store.unavailable"  # noqa: PLW2901 -- what cannot be read is not for that broken
                 log.error(event, error=error)  # noqa: TRY400 -- our log's own method
                 break  # the next one may need it
         await asyncio.sleep(interval)

@@ -16,7 +16,7 @@ from typing import Any
 from uuid import UUID
 
 from common.command import Parser, run_command
-from common.errors import InvalidInput, Reason
+from common.errors import InvalidInput, NotFound, Reason
 
 _PROGRAM = "sev-verifier"
 
@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     generated.add_argument("--out", type=Path, metavar="FILE", help="write the one secret, as it is, into a new file")
     audit = add("audit", "print audit records, oldest first", _audit)
     audit.add_argument("--launch", metavar="ID", help="only those of one launch")
+    audit.add_argument("--id", metavar="AUDIT-ID", help="only the one that a refusal named")
     audit.add_argument("--json", action="store_true", help="one JSON object a line")
     return parser
 
@@ -120,10 +121,11 @@ def _keygen(args: argparse.Namespace) -> int:
     if args.config is None:
         if args.make_key:
             raise InvalidInput(Reason.INVALID_ARGUMENT, "--make-key: makes a key in a token, which --config names")
-        write_key_file(args.file)
+        key_id = write_key_file(args.file)
     else:
         settings = token_settings(load_config(args.config, os.environ))
-        write_wrapped_key_file(args.file, settings, make_key=args.make_key)
+        key_id = write_wrapped_key_file(args.file, settings, make_key=args.make_key)
+    print(f"{args.file}: key {key_id.hex()}; keep a copy where the database's backups are not")
     return 0
 
 
@@ -155,7 +157,12 @@ def _audit(args: argparse.Namespace) -> int:
     from verifier.parts import read_records
 
     launch_id = None if args.launch is None else _uuid("--launch", args.launch)
-    for row in asyncio.run(read_records(load_config(args.config, os.environ), launch_id)):
+    audit_id = None if args.id is None else _uuid("--id", args.id)
+    rows = asyncio.run(read_records(load_config(args.config, os.environ), launch_id))
+    found = [row for row in rows if audit_id in (None, row.audit_id)]
+    if audit_id is not None and not found:
+        raise NotFound(Reason.NOT_FOUND, f"there is no record {audit_id}")
+    for row in found:
         record = {
             "audit_id": str(row.audit_id),
             "time": row.time.isoformat(),

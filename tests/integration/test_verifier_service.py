@@ -28,6 +28,7 @@ from tests.support.chains import fresh_ca, make_platform
 from tests.support.documents import CALLER, SECRET, write_document
 from tests.support.documents import workload as document
 from tests.support.verifier_process import ServingVerifier, VerifierSite
+from verifier.keys.file import FileKey
 from verifier.library.artefacts import ArtefactShelf
 from verifier.library.documents import snapshot
 from verifier.library.folder import read_folder
@@ -318,6 +319,11 @@ async def test_the_audit_command_reads_while_the_verifier_serves(site: VerifierS
     records = [json.loads(line) for line in lines.stdout.splitlines()]
     assert [record["event"] for record in records] == ["launch.begun", "launch.refused"]
     assert records[1]["caller"] == CALLER
+    one = await asyncio.to_thread(run, "audit", "--config", str(site.config), "--json", "--id", records[1]["audit_id"])
+    assert ([json.loads(line) for line in one.stdout.splitlines()], one.returncode) == ([records[1]], 0)
+    none = await asyncio.to_thread(run, "audit", "--config", str(site.config), "--id", launch_id)
+    assert (none.stdout, none.stderr) == ("", f"sev-verifier: there is no record {launch_id}\n")
+    assert none.returncode == 2
 
 
 async def test_health_is_asked_over_the_socket(site: VerifierSite, served: ServingVerifier) -> None:
@@ -353,7 +359,9 @@ async def test_another_key_file_is_refused_while_launches_are_open(site: Verifie
     (site.folder / "kek.bin").write_bytes(bytes(range(1, 33)))
     refused_start = await asyncio.to_thread(run, "serve", "--config", str(site.config))
     assert refused_start.returncode == 2
+    key_id = FileKey(bytes(range(1, 33))).key_id.hex()
     assert "sealed under another key" in refused_start.stderr
+    assert f"than the configured {key_id}\n" in refused_start.stderr
 
 
 async def test_a_launch_outlives_a_restart_and_kill_9(site: VerifierSite) -> None:

@@ -13,11 +13,13 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from common.errors import InvalidInput, Reason, Unavailable
+from common.private_file import write_private
 
 KEK_SIZE = 32
 KEY_ID_SIZE = 8
@@ -26,6 +28,7 @@ _NONCE_SIZE = 12
 _TAG_SIZE = 16
 _HASH_SIZE = 32
 _HEADER_SIZE = 1 + KEY_ID_SIZE + _NONCE_SIZE
+_Key = TypeVar("_Key")
 
 
 class FileKey:
@@ -39,10 +42,10 @@ class FileKey:
         """
         if len(kek) != KEK_SIZE:
             raise InvalidInput(
-                Reason.INVALID_CONFIGURATION, f"key_file: must hold {KEK_SIZE} bytes, not {len(kek)}", hint=_HINT
+                Reason.INVALID_CONFIGURATION, f"must hold {KEK_SIZE} bytes, not {len(kek)}", hint=KEY_FILE_HINT
             )
         if not any(kek):
-            raise InvalidInput(Reason.INVALID_CONFIGURATION, "key_file: is all zero", hint=_HINT)
+            raise InvalidInput(Reason.INVALID_CONFIGURATION, "is all zero", hint=KEY_FILE_HINT)
         # HKDF (RFC 5869) begins with the same step for all places: without a salt, an HMAC under zeros.
         self._extracted = hmac.digest(bytes(_HASH_SIZE), kek, "sha256")
         self._random = random
@@ -96,7 +99,8 @@ def sealing_key_id(sealed: bytes) -> bytes:
     return sealed[1 : 1 + KEY_ID_SIZE]
 
 
-_HINT = "sev-verifier keygen FILE makes a key file"
+# Whoever misses a key must look for its copy first: a new one opens nothing.
+KEY_FILE_HINT = "put it back from its copy; only where nothing is stored yet, sev-verifier keygen makes a new one"
 
 
 def read_key_file(path: Path) -> FileKey:
@@ -105,16 +109,34 @@ def read_key_file(path: Path) -> FileKey:
     Raises:
         InvalidInput: there is no such file, others can read it, or it does not hold 32 bytes.
     """
-    return FileKey(read_private_file(path, setting="key_file", limit=KEK_SIZE, hint=_HINT))
+    content = read_private_file(path, setting="key_file", limit=KEK_SIZE, hint=KEY_FILE_HINT)
+    return named(path, lambda: FileKey(content))
 
 
-def write_key_file(path: Path) -> None:
-    """Make a key file of 32 random bytes, mode 0600; an existing file is never touched.
+def named(path: Path, make: Callable[[], _Key]) -> _Key:
+    """The key that `make` makes of a key file's content.
 
     Raises:
-        InvalidInput: there is a file already, or it cannot be made.
+        InvalidInput: what `make` raised, naming the file.
     """
-    write_private_file(path, os.urandom(KEK_SIZE))
+    try:
+        return make()
+    except InvalidInput as error:
+        raise InvalidInput(error.reason, f"key_file: {path} {error.message}", **error.fields) from error
+
+
+def write_key_file(path: Path) -> bytes:
+    """Make a key file of 32 random bytes, mode 0600; an existing file is never touched.
+
+    Returns:
+        The id of the new key, 8 bytes.
+
+    Raises:
+        InvalidInput: there is a file already, or it cannot be made; nothing is left behind.
+    """
+    kek = os.urandom(KEK_SIZE)
+    write_private(path, kek)
+    return FileKey(kek).key_id
 
 
 def read_private_file(path: Path, *, setting: str, limit: int, hint: str) -> bytes:
@@ -151,28 +173,3 @@ def read_private_file(path: Path, *, setting: str, limit: int, hint: str) -> byt
         raise unusable(f": {error.strerror}") from error
     finally:
         os.close(fd)
-
-
-def write_private_file(path: Path, data: bytes) -> None:
-    """Make a file, mode 0600, durable when this returns; an existing file is never touched.
-
-    Raises:
-        InvalidInput: there is a file already, or it cannot be made.
-    """
-    try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    except FileExistsError:
-        raise InvalidInput(Reason.INVALID_CONFIGURATION, f"{path} exists; a key file is never overwritten") from None
-    except OSError as error:
-        raise InvalidInput(Reason.INVALID_CONFIGURATION, f"{path}: {error.strerror}") from error
-    try:
-        os.fchmod(fd, 0o600)
-        os.write(fd, data)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -56,6 +56,7 @@ async def load_identities(
     """The verifier's keys out of the store; made where there are none. Whoever comes first of several wins.
 
     Keys that are missing beside an audit log that is not empty were removed: they are made again, and the log says so.
+    A store that is new is named, too: an empty folder in place of the right one must not go unnoticed.
 
     Raises:
         Unavailable: the store has no answer, the sealing key is out of reach, or what is kept does not open.
@@ -68,6 +69,11 @@ async def load_identities(
     made = [name for name, new in ((SIGNING, new_signing), (PSEUDONYM, new_pseudonym)) if new]
     if made and records > 0:
         log.error("keys.identities_made_again", made=made, kid=signer.kid, records=records)
+    elif made:
+        # Right at the first start ever. Else the database is not the one that was meant.
+        log.warning(
+            "store.new", text="the store was empty: nothing was applied or released here before", kid=signer.kid
+        )
     return Identities(signer=signer, pseudonyms=Pseudonyms(pseudonym))
 
 

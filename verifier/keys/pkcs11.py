@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from common.errors import InvalidInput, Reason, SevattestError, Unavailable
+from common.private_file import write_private
 from common.telemetry.log import Log
 from verifier.keys.base import SealingKey
-from verifier.keys.file import KEK_SIZE, KEY_ID_SIZE, FileKey, read_private_file, write_private_file
+from verifier.keys.file import KEK_SIZE, KEY_FILE_HINT, KEY_ID_SIZE, FileKey, named, read_private_file
 from verifier.keys.token import Pkcs11Settings, Token
 
 _VERSION = 1
@@ -58,7 +59,7 @@ class TokenKey:
         if len(wrapped) != WRAPPED_SIZE or wrapped[0] != _VERSION:
             raise InvalidInput(
                 Reason.INVALID_CONFIGURATION,
-                f"key_file: is not a key of {WRAPPED_SIZE} bytes that a token wrapped",
+                f"is not a key of {WRAPPED_SIZE} bytes that a token wrapped",
                 hint=_HINT,
             )
         self._wrapped = wrapped
@@ -163,8 +164,8 @@ def read_wrapped_key_file(path: Path, settings: Pkcs11Settings) -> TokenKey:
     Raises:
         InvalidInput: there is no such file, others can use it, it is no wrapped key, or python-pkcs11 is not installed.
     """
-    wrapped = read_private_file(path, setting="key_file", limit=WRAPPED_SIZE, hint=_HINT)
-    return TokenKey(wrapped, Token(settings), keep=settings.keep)
+    wrapped = read_private_file(path, setting="key_file", limit=WRAPPED_SIZE, hint=KEY_FILE_HINT)
+    return named(path, lambda: TokenKey(wrapped, Token(settings), keep=settings.keep))
 
 
 def read_any_key_file(path: Path, settings: Pkcs11Settings) -> SealingKey:
@@ -173,8 +174,10 @@ def read_any_key_file(path: Path, settings: Pkcs11Settings) -> SealingKey:
     Raises:
         InvalidInput: there is no such file, others can use it, or it is neither.
     """
-    content = read_private_file(path, setting="key_file", limit=WRAPPED_SIZE, hint=_HINT)
-    return FileKey(content) if len(content) == KEK_SIZE else TokenKey(content, Token(settings), keep=settings.keep)
+    content = read_private_file(path, setting="key_file", limit=WRAPPED_SIZE, hint=KEY_FILE_HINT)
+    if len(content) == KEK_SIZE:
+        return named(path, lambda: FileKey(content))
+    return named(path, lambda: TokenKey(content, Token(settings), keep=settings.keep))
 
 
 def write_wrapped_key_file(path: Path, settings: Pkcs11Settings, *, make_key: bool = False) -> bytes:
@@ -196,5 +199,5 @@ def write_wrapped_key_file(path: Path, settings: Pkcs11Settings, *, make_key: bo
     key_id = FileKey(kek).key_id
     associated, nonce = bytes((_VERSION,)) + key_id, os.urandom(_NONCE_SIZE)
     sealed = Token(settings).encrypt(nonce, associated, kek, make_key=make_key)
-    write_private_file(path, associated + nonce + sealed)
+    write_private(path, associated + nonce + sealed)
     return key_id

@@ -34,6 +34,7 @@ from verifier.config import (
     load_config,
 )
 from verifier.documents.generations import GENERATIONS
+from verifier.keys.file import read_key_file
 from verifier.launches.records import AuditEvent
 from verifier.library.documents import snapshot
 from verifier.library.folder import read_folder
@@ -160,6 +161,10 @@ def test_the_owners_listener_is_looked_at(site: VerifierSite) -> None:
         site.config.write_text(f"{text}\n{admin.replace(good, bad)}")
         (found,) = check(site.config, {}).problems
         assert problem in found
+    # What both listeners have in common is wrong once.
+    site.config.write_text(f"{text}\n{admin}")
+    load_config(site.config, {}).tls.cert.unlink()
+    assert len(check(site.config, {}).problems) == 1
 
 
 def test_older_key_files_are_looked_at(site: VerifierSite, capsys: pytest.CaptureFixture[str]) -> None:
@@ -214,11 +219,13 @@ def test_one_ca_for_both_sites_is_refused_unless_written_out(site: VerifierSite)
 
 def test_keygen_makes_a_file_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "kek.bin"
-    assert command(capsys, "keygen", str(path)) == (0, "", "")
+    code, out, err = command(capsys, "keygen", str(path))
+    key = read_key_file(path).key_id.hex()
+    assert (code, out, err) == (0, f"{path}: key {key}; keep a copy where the database's backups are not\n", "")
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     content = path.read_bytes()
     code, _, err = command(capsys, "keygen", str(path))
-    assert (code, err) == (2, f"sev-verifier: {path} exists; a key file is never overwritten\n")
+    assert (code, err) == (2, f"sev-verifier: {path}: exists, and is never overwritten\n")
     assert path.read_bytes() == content
 
 

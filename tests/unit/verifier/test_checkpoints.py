@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sqlite3
 from collections.abc import AsyncIterator
@@ -12,11 +13,13 @@ import pytest
 from common.audit.chain import record_hash
 from common.audit.checkpoint import verify_checkpoints
 from common.audit.jws import read_key_set
-from common.errors import Reason, Refused
+from common.errors import Reason, Refused, SevattestError, Unavailable
 from tests.support.desk import START, VERIFIER, Desk, desk
+from tests.support.recording_log import RecordingLog
 from tests.support.store_rows import audit
-from verifier.chores import Checkpoints
+from verifier.chores import Checkpoints, sweep
 from verifier.config import AuditConfig
+from verifier.launches.broker import Broker
 from verifier.store.sql_rows import AUDIT_COLUMNS
 from verifier.store.sqlite_file import FILE_NAME
 
@@ -130,3 +133,42 @@ async def test_what_another_replica_recorded_and_signed_is_signed_on(d: Desk) ->
         await record(d, 3)
         await chore.maybe()
     assert await signed(d) == [3, 6, 9, 12]
+
+
+@pytest.mark.parametrize(
+    ("error", "event"),
+    [
+        (Unavailable(Reason.STORE_UNAVAILABLE, "the store is full"), "store.unavailable"),
+        (Refused(Reason.BAD_SIGNATURE, "record 2 does not hold"), "audit.broken"),
+    ],
+)
+async def test_a_log_that_cannot_be_read_is_not_called_broken(
+    d: Desk, monkeypatch: pytest.MonkeyPatch, error: SevattestError, event: str
+) -> None:
+    log, unready, looked = RecordingLog(), list[str](), asyncio.Event()
+
+    async def fail() -> None:
+        looked.set()
+        raise error
+
+    signing = checkpoints(d)
+    monkeypatch.setattr(signing, "maybe", fail)
+    dependencies = d.dependencies
+    task = asyncio.create_task(
+        sweep(
+            broker=Broker(dependencies),
+            store=d.store,
+            time=dependencies.time,
+            sealing=dependencies.sealing,
+            checkpoints=signing,
+            renew=d.library.current,
+            interval=3600,
+            ready=lambda cause, ready: None if ready else unready.append(cause),
+            log=log,
+        )
+    )
+    await looked.wait()
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert [each.name for each in log.events if each.level == "error"] == [event]
+    assert unready == ["audit"]

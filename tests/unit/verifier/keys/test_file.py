@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hmac
 import os
 import stat
@@ -131,6 +132,19 @@ def test_a_key_file_is_made_for_its_owner_and_never_overwritten(tmp_path: Path) 
     assert read_key_file(path).key_id == FileKey(content).key_id
 
 
+def test_a_key_file_for_which_there_is_no_room_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_fd: int, _data: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    path = tmp_path / "kek.bin"
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(InvalidInput, match=f"^{path}: no space left on device$"):
+        write_key_file(path)
+    assert not path.exists()
+    monkeypatch.undo()
+    assert write_key_file(path) == read_key_file(path).key_id
+
+
 def test_a_key_file_in_no_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput):
         write_key_file(tmp_path / "no" / "kek.bin")
@@ -157,8 +171,10 @@ def test_a_key_file_of_another_user_is_refused(tmp_path: Path, monkeypatch: pyte
 
 
 def test_what_is_no_key_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InvalidInput, match="No such file"):
+    with pytest.raises(InvalidInput, match="No such file") as caught:
         read_key_file(tmp_path / "none")
+    # A new key would open nothing: the copy of the old one comes first.
+    assert caught.value.fields["hint"].startswith("put it back from its copy")
     with pytest.raises(InvalidInput):
         read_key_file(tmp_path)
     os.mkfifo(tmp_path / "pipe", 0o600)
@@ -167,5 +183,5 @@ def test_what_is_no_key_file_is_refused(tmp_path: Path) -> None:
     long = tmp_path / "long"
     long.write_bytes(bytes(range(33)))
     long.chmod(0o600)
-    with pytest.raises(InvalidInput, match="must hold 32 bytes"):
+    with pytest.raises(InvalidInput, match=f"^key_file: {long} must hold 32 bytes, not 33$"):
         read_key_file(long)

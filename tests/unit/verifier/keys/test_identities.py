@@ -72,16 +72,22 @@ async def test_keys_that_are_gone_beside_a_log_with_records_are_made_again_loudl
         del store.blobs[name]
     again = await load_identities(store, KEY, os.urandom, log)
     assert (again.signer.kid != first.signer.kid) == ("signing" in gone)
-    (line,) = log.events
+    (line,) = log.named("keys.identities_made_again")
     assert (line.level, line.name) == ("error", "keys.identities_made_again")
     assert line.fields == {"made": gone, "kid": again.signer.kid, "records": 7}
     await load_identities(store, KEY, os.urandom, log)
-    assert len(log.events) == 1
+    assert len(log.named("keys.identities_made_again")) == 1
 
 
-async def test_keys_of_a_new_store_and_keys_that_are_there_are_nothing_to_speak_of() -> None:
+async def test_a_new_store_is_named_and_keys_that_are_there_are_nothing_to_speak_of() -> None:
     store, log = Kept(), RecordingLog()
-    await asyncio.gather(*(load_identities(store, KEY, os.urandom, log) for _ in range(5)))
+    kids = {
+        each.signer.kid
+        for each in await asyncio.gather(*(load_identities(store, KEY, os.urandom, log) for _ in range(5)))
+    }
+    assert {(each.level, each.name) for each in log.events} == {("warning", "store.new")}
+    assert {each.fields["kid"] for each in log.events} == kids
+    log.events.clear()
     store.records = 7
     await load_identities(store, KEY, os.urandom, log)
     assert log.events == []

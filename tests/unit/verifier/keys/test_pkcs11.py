@@ -16,11 +16,12 @@ import pytest
 from pkcs11 import Attribute, KeyType, MechanismFlag, ObjectClass
 
 from common.errors import InvalidInput, Reason, SevattestError, Unavailable
+from common.private_file import write_private
 from tests.support.eventually import until
 from tests.support.recording_log import RecordingLog
 from tests.support.softhsm import KEY, MISSING, PIN, TOKEN, SoftToken, make_token, softhsm_module
 from verifier.keys import pkcs11 as wrapped_keys
-from verifier.keys.file import FileKey, read_key_file, write_key_file, write_private_file
+from verifier.keys.file import FileKey, read_key_file, write_key_file
 from verifier.keys.keyring import Keyring
 from verifier.keys.pkcs11 import (
     WRAPPED_SIZE,
@@ -262,7 +263,7 @@ async def test_on_the_way_into_a_token_plain_and_wrapped_key_files_are_open_at_o
     ring = Keyring(wrapped, [plain])
     assert ring.unseal(plain.seal(b"secret", b"place"), b"place") == b"secret"
     assert ring.unseal(ring.seal(b"secret", b"place"), b"place") == b"secret"
-    write_private_file(tmp_path / "neither", bytes(33))
+    write_private(tmp_path / "neither", bytes(33))
     with pytest.raises(InvalidInput, match="is not a key of 69 bytes"):
         read_any_key_file(tmp_path / "neither", token.settings)
 
