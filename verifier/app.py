@@ -29,7 +29,7 @@ from common.telemetry.metrics import UNMEASURED
 from verifier import admin_service, chores, parts, service
 from verifier.admin.desks import owner_desks
 from verifier.appraisal.revoked import join
-from verifier.config import AdminConfig, Config, load_config
+from verifier.config import AdminConfig, Config, load_config, until_restart
 from verifier.keys.base import SealingKey
 from verifier.keys.identities import load_identities
 from verifier.keys.keyring import Keyring
@@ -343,6 +343,8 @@ class App:
         except InvalidInput as error:
             self._log.error("configuration.refused", error=error)
             return False
+        if waiting := until_restart(self._config, config):
+            self._log.warning("configuration.waits", settings=waiting, text="these count after a restart only")
         self._denied_chips = config.platforms.denied_chips
         self._deny()
         try:

@@ -313,6 +313,26 @@ def _require_apart(loaded: Config) -> None:
             )
 
 
+# What SIGHUP puts in force.
+_RELOADED = frozenset({"key_file", "older_key_files", "pkcs11", "denied_chips"})
+
+
+def until_restart(serving: Config, new: Config) -> list[str]:
+    """The settings in which two configurations differ and that a serving process does not take over."""
+    return _differing(serving, new, "")
+
+
+def _differing(old: object, new: object, within: str) -> list[str]:
+    if not (isinstance(old, msgspec.Struct) and isinstance(new, type(old))):
+        return [] if old == new else [within.removesuffix(".")]
+    return [
+        path
+        for name in old.__struct_fields__
+        if name not in _RELOADED
+        for path in _differing(getattr(old, name), getattr(new, name), f"{within}{name}.")
+    ]
+
+
 def load_config(path: Path, environ: Mapping[str, str]) -> Config:
     """Read the configuration.
 

@@ -243,6 +243,11 @@ async def test_sighup_reads_the_deny_list_again(site: VerifierSite, served: Serv
     served.process.send_signal(signal.SIGHUP)
     await until_logged(site, "verifier.reloaded")
     assert (await refused(stub.BeginLaunch, begin(site))).reason is Reason.CHIP_REVOKED
+    assert "configuration.waits" not in (site.folder / "log").read_text()
+    site.config.write_text(site.config.read_text() + "\n[limits]\ncalls = 2\n")
+    served.process.send_signal(signal.SIGHUP)
+    await until_logged(site, "verifier.reloaded", 2)
+    assert '"settings":["limits.calls"]' in (site.folder / "log").read_text()
 
 
 async def until_logged(site: VerifierSite, event: str, times: int = 1) -> None:

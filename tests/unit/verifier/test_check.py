@@ -32,6 +32,7 @@ from verifier.config import (
     TlsConfig,
     VaultConfig,
     load_config,
+    until_restart,
 )
 from verifier.documents.generations import GENERATIONS
 from verifier.keys.file import read_key_file
@@ -215,6 +216,18 @@ def test_one_ca_for_both_sites_is_refused_unless_written_out(site: VerifierSite)
     findings = check(site.config, {})
     assert findings.problems == []
     assert any("tls.allow_single_ca" in warning for warning in findings.warnings)
+
+
+def test_settings_that_wait_for_a_restart_are_told_from_those_that_do_not(site: VerifierSite) -> None:
+    serving, text = load_config(site.config, {}), site.config.read_text()
+    changed = text.replace('key_file = "kek.bin"', 'key_file = "new.bin"\nolder_key_files = ["kek.bin"]')
+    site.config.write_text(changed.replace("[platforms]", f'[platforms]\ndenied_chips = ["{"0" * 64}"]'))
+    assert until_restart(serving, load_config(site.config, {})) == []
+    site.config.write_text(
+        f"{text}\n[limits]\ncalls = 2\n".replace('"127.0.0.1:0"', '"127.0.0.1:7"').replace('"h.sock"', '"other.sock"')
+        + '[admin]\nlisten = "127.0.0.1:0"\nclient_ca = "ca.pem"\ntrust_domain = "owner.example"\n'
+    )
+    assert until_restart(serving, load_config(site.config, {})) == ["listen", "admin", "health.socket", "limits.calls"]
 
 
 def test_keygen_makes_a_file_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
