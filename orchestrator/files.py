@@ -93,15 +93,23 @@ def _staged(file: NewFile) -> Iterator[Path | None]:
         error.filename = str(file.path)  # the one that was asked for
         raise
     try:
+        _fill(descriptor, file, target)
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _fill(descriptor: int, file: NewFile, target: Path) -> None:
+    try:
         with os.fdopen(descriptor, "wb") as stream:
             stream.write(file.data)
             stream.flush()
             if file.mode == PUBLIC:
                 _look_like(descriptor, target)
             os.fsync(descriptor)
-        yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)
+    except OSError as error:
+        error.filename = str(file.path)  # what writes and syncs knows no name
+        raise
 
 
 def _look_like(descriptor: int, target: Path) -> None:
