@@ -147,6 +147,18 @@ def test_the_page_says_of_each_driver_what_it_needs() -> None:
         assert (DEPLOY / name).exists(), name
 
 
+def test_the_pages_commands_find_their_files_in_its_own_folder() -> None:
+    page = (DEPLOY / "README.md").read_text(encoding="utf-8")
+    installed = re.findall(r"^install .*?((?:host-agent|verifier)/\S+)", page, re.MULTILINE)
+    assert len(installed) > 3
+    for name in installed:
+        assert (DEPLOY / name).is_file(), name
+    folders = re.findall(r"pip install '(\.+)\[", page)
+    assert len(folders) == 2
+    for folder in folders:
+        assert (DEPLOY / folder / "pyproject.toml").is_file(), folder
+
+
 @pytest.mark.parametrize("drop_ins", [(), (ATTACH,), (LIBVIRT,), (ATTACH, LIBVIRT)], ids=len)
 def test_systemd_itself_finds_no_fault(tmp_path: Path, drop_ins: tuple[Path, ...]) -> None:
     if shutil.which("systemd-analyze") is None:
