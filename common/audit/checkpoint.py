@@ -38,11 +38,13 @@ class SignedHead:
         head: where the log stood.
         iat: when that was signed, seconds since 1970.
         iss: who signed it.
+        token: the checkpoint itself.
     """
 
     head: Head
     iat: int
     iss: str
+    token: str
 
 
 def checkpoint_claims(head: Head, *, time: datetime, issuer: str) -> dict[str, Any]:
@@ -58,6 +60,7 @@ def read_checkpoint(token: str | bytes, keys: KeySet) -> SignedHead:
         Refused: its signature does not hold, or it is a token of another kind (BAD_SIGNATURE).
     """
     claims = verify_jws(token, keys, typ=CHECKPOINT_TYPE).claims
+    text = token if isinstance(token, str) else token.decode()
     try:
         known = msgspec.convert(claims, _Claims)
         digest = bytes.fromhex(known.hash)
@@ -65,7 +68,7 @@ def read_checkpoint(token: str | bytes, keys: KeySet) -> SignedHead:
         raise _no_checkpoint() from None
     if len(digest) != HASH_SIZE or digest.hex() != known.hash or known.number >> 64:
         raise _no_checkpoint()
-    return SignedHead(head=Head(number=known.number, hash=digest), iat=known.iat, iss=known.iss)
+    return SignedHead(head=Head(number=known.number, hash=digest), iat=known.iat, iss=known.iss, token=text)
 
 
 def verify_checkpoints(tokens: Iterable[str | bytes], keys: KeySet) -> Sequence[SignedHead]:

@@ -90,7 +90,12 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a checkpoint that was kept and must still hold",
     )
-    parser.add_argument("--keep", type=Path, metavar="FILE", help="keep the newest checkpoint there, for the next time")
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        metavar="FILE",
+        help="keep the newest checkpoint there, for the next time; the one that is there must still hold",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
 
 
@@ -106,18 +111,20 @@ def run_verify(args: argparse.Namespace) -> int:
 
     async def work(admin: VerifierAdmin) -> int:
         keys = read_key_set((await admin.jwks()).encode()) if pinned is None else pinned
-        kept = [_kept(name, keys) for name in args.checkpoint]
+        # What would be replaced is asked too: it may be the only word of what the verifier no longer shows.
+        there = [str(args.keep)] if args.keep is not None and args.keep.is_file() else []
+        kept = [_kept(name, keys) for name in (*args.checkpoint, *there)]
         since = None if args.since_checkpoint is None else _kept(args.since_checkpoint, keys)
         # Before the records, which only become more.
         tokens = await admin.checkpoints()
         others = [*kept, *([] if since is None else [since])]
-        signed = verify_checkpoints([*tokens, *(each for each, _ in others)], keys)
-        start = None if since is None else since[1].head
+        signed = verify_checkpoints([*tokens, *(each.token for each in others)], keys)
+        start = None if since is None else since.head
         head = await _verified(admin, signed, start)
         covered = signed[-1].head.number if signed else 0
         _say_verified(args, head, len(signed), covered, start)
-        if args.keep is not None and tokens:
-            write_all([NewFile(path=args.keep, data=tokens[-1].encode() + b"\n")])
+        if args.keep is not None and signed:
+            write_all([NewFile(path=args.keep, data=signed[-1].token.encode() + b"\n")])
         elif args.keep is not None:
             print("warning: the verifier has signed no checkpoint yet, so none was kept", file=sys.stderr)
         return 0
@@ -125,13 +132,13 @@ def run_verify(args: argparse.Namespace) -> int:
     return connected(args, work)
 
 
-def _kept(name: str, keys: KeySet) -> tuple[bytes, SignedHead]:
-    """A checkpoint that was kept in a file, and what it says."""
+def _kept(name: str, keys: KeySet) -> SignedHead:
+    """A checkpoint that was kept in a file."""
     from common.audit.checkpoint import read_checkpoint
 
     token = read(name, _TOKEN_MAX).strip()
     try:
-        return token, read_checkpoint(token, keys)
+        return read_checkpoint(token, keys)
     except SevattestError as error:
         raise about(name, error) from error
 

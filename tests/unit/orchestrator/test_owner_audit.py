@@ -153,6 +153,62 @@ def test_a_log_that_was_cut_together_with_its_checkpoints_is_found_with_a_kept_o
     assert admin.run("audit", "verify", "--since-checkpoint", kept).code == 0  # nothing after it is claimed
 
 
+def test_a_kept_checkpoint_gives_way_to_newer_ones_only(admin: LocalAdmin, tmp_path: Path) -> None:
+    kept = tmp_path / "checkpoint"
+
+    def keep(*words: Any) -> str:
+        said = admin.run("audit", "verify", "--keep", kept, *words)
+        assert said.code == 0, said.err
+        return kept.read_text()
+
+    async def sign() -> None:
+        async with admin.open() as site:
+            await sign_head(site)
+
+    older = keep()
+    asyncio.run(sign())
+    newer = keep()
+    assert newer != older
+
+    def unsigned(answer: Any) -> Any:
+        del answer.checkpoints[1:]
+        return answer
+
+    admin.faults.spoil = {"ListCheckpoints": unsigned}  # the log is whole; the newest checkpoint is shown no more
+    assert [keep("--checkpoint", kept), keep("--since-checkpoint", kept), keep()] == [newer] * 3
+    before = tmp_path / "before"
+    before.write_text(newer)
+    kept.unlink()
+    assert keep("--checkpoint", before) == newer
+
+
+def test_what_would_be_replaced_by_keeping_must_hold_and_is_left_where_it_does_not(
+    admin: LocalAdmin, tmp_path: Path
+) -> None:
+    kept = tmp_path / "checkpoint"
+    assert admin.run("audit", "verify", "--keep", kept).code == 0
+    token = kept.read_text()
+
+    def cut(answer: Any) -> Any:
+        del answer.records[3:]
+        return answer
+
+    def unsigned(answer: Any) -> Any:
+        del answer.checkpoints[:]
+        return answer
+
+    admin.faults.spoil = {"ListAuditRecords": cut, "ListCheckpoints": unsigned}
+    found = admin.run("audit", "verify", "--keep", kept)
+    assert (found.out, found.code) == ("", 1)
+    assert "record 4 is missing" in found.err
+    assert kept.read_text() == token
+    admin.faults.spoil = {}
+    kept.write_text("notes of mine")
+    found = admin.run("audit", "verify", "--keep", kept)
+    assert (found.out, found.code) == ("", 2)
+    assert kept.read_text() == "notes of mine"
+
+
 def test_a_checkpoint_of_another_log_is_refused(admin: LocalAdmin) -> None:
     async def fork() -> None:
         async with admin.open() as site:
