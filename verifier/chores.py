@@ -35,6 +35,7 @@ _REWRAP_BATCH = 100
 _RECORDS = 200  # verified at once before a checkpoint: some milliseconds
 # Where nothing is left to re-wrap; new keys come with a SIGHUP, which wakes the chore.
 _REWRAP_PAUSE_S = 60.0
+_AHEAD = "the clock is, or just was, far ahead of what others store; or theirs is behind"
 
 
 class Checkpoints:
@@ -43,10 +44,13 @@ class Checkpoints:
     What was signed last is remembered, and nothing is signed that does not follow from it: who has the database alone
     could otherwise write the log anew and have that signed.
 
+    The time of a checkpoint is the log's own: so all replicas sign the same for the same record, and never an earlier
+    one for a later record, whatever their clocks say at the moment.
+
     Attributes:
         number: of the last record, as of the last look; None before the first.
         signed: the head that this process signed last; None before the first.
-        signed_time: when it was signed.
+        signed_time: when it was signed, by this process's time.
     """
 
     def __init__(self, *, store: Store, signer: Signer, issuer: str, time: Timekeeper, config: AuditConfig) -> None:
@@ -59,6 +63,7 @@ class Checkpoints:
         self.number: int | None = None
         self.signed: Head | None = None
         self.signed_time: datetime | None = None
+        self._latest: datetime | None = None  # the log's time where it was signed last
         self._clock = asyncio.get_running_loop().time
         self._last = float("-inf")
 
@@ -86,30 +91,32 @@ class Checkpoints:
 
     async def _new(self) -> int:
         """How many records there are since this process signed last."""
-        number, _ = await self._store.head()
+        number, _, _ = await self._store.head()
         self.number = number
         signed = 0 if self.signed is None else self.signed.number
         if number < signed:
             raise broken(number + 1, f"is missing: the log was signed up to record {signed}")
         return number - signed
 
-    async def _head(self) -> Head:
-        """Where the log stands, as its records lead there from what was signed last."""
-        if self.signed is None:
-            number, digest = await self._store.head()
-            return Head(number=number, hash=digest)
-        head, full = self.signed, True
+    async def _head(self) -> tuple[Head, datetime]:
+        """Where the log stands and its latest time, as its records lead there from what was signed last."""
+        if self.signed is None or self._latest is None:
+            number, digest, latest = await self._store.head()
+            if latest is None:
+                raise ValueError("a log with records has a time")
+            return Head(number=number, hash=digest), latest
+        head, time, full = self.signed, self._latest, True
         while full:
             found = await self._store.records(None, after=head.number, limit=_RECORDS)
             head, full = verify_chain(map(_link, found), head), len(found) == _RECORDS
-        return head
+            time = max([time, *(each.record.time for each in found)])
+        return head, time
 
     async def _sign(self) -> None:
-        head, time = await self._head(), await self._time.now()
-        claims = checkpoint_claims(head, time=time, issuer=self._issuer)
-        token = self._signer.sign(claims, typ=CHECKPOINT_TYPE)
+        (head, latest), now = await self._head(), await self._time.now()
+        token = self._signer.sign(checkpoint_claims(head, time=latest, issuer=self._issuer), typ=CHECKPOINT_TYPE)
         await self._store.keep_checkpoint(Checkpoint(number=head.number, token=token))
-        self.signed, self.signed_time, self._last = head, time, self._clock()
+        self.signed, self._latest, self.signed_time, self._last = head, latest, now, self._clock()
 
 
 def _link(chained: ChainedRecord) -> Link:
@@ -140,12 +147,18 @@ async def sweep(
         await store.check()
         await renew()
 
+    async def compare() -> None:
+        ahead = await time.ahead()
+        if ahead is not None:
+            log.warning("clock.ahead", text=_AHEAD, seconds=int(ahead.total_seconds()))
+        await time.now_for_decisions()
+
     async def seal() -> None:
         sealing.seal(b"", b"sevattest readiness")  # kept nowhere
 
     watched: tuple[tuple[str, str, Callable[[], Awaitable[object]]], ...] = (
         ("store", "store.unavailable", tend),
-        ("clock", "clock.behind", time.now_for_decisions),
+        ("clock", "clock.behind", compare),
         ("keys", "keys.unavailable", seal),
         ("audit", "audit.broken", checkpoints.maybe),
     )

@@ -1,9 +1,9 @@
 """Checkpoints: the verifier's signed word about how far its log went, which nobody who only has the database can give.
 
 A checkpoint is a token of the kind `sevattest-checkpoint+jwt` with the claims `number` and `hash` (64 hex digits) of
-the record that was the last one, `iat` (seconds since 1970) and `iss`. A log that was cut off, written anew or forked
-contradicts one of them; what came after the newest checkpoint is not covered yet. Whoever keeps a checkpoint elsewhere
-also finds a log that lost its newest checkpoints together with its end.
+the record that was the last one, `iat` (the log's time then, seconds since 1970) and `iss`. A log that was cut off,
+written anew or forked contradicts one of them; what came after the newest checkpoint is not covered yet. Whoever keeps
+a checkpoint elsewhere also finds a log that lost its newest checkpoints together with its end.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from common.audit.chain import GENESIS, HASH_SIZE, Head, Link, broken, walk_chai
 from common.audit.jws import CHECKPOINT_TYPE, KeySet, verify_jws
 from common.errors import InvalidInput, Reason
 
-# Replicas sign by their own clocks, which may be this far apart (verifier/launches/timekeeper.py refuses more).
+# The time of a log never goes back, whoever signs; older verifiers signed by their clocks, which may be this far apart.
 SKEW_S = 600
 
 
@@ -36,7 +36,7 @@ class SignedHead:
 
     Attributes:
         head: where the log stood.
-        iat: when that was signed, seconds since 1970.
+        iat: the log's time then, seconds since 1970.
         iss: who signed it.
         token: the checkpoint itself.
     """

@@ -45,7 +45,7 @@ async def chain_verifies(store: SqlStore) -> int:
         )
         number, digest = number + 1, record_hash(digest, number + 1, fields)
         assert (each.number, each.hash) == (number, digest)
-    assert await store.head() == (number, digest)
+    assert await store.head() == (number, digest, await store.last_time())
     return number
 
 
@@ -69,7 +69,7 @@ async def test_what_is_not_there_is_none_and_lost_terms_are_an_outage(store: Sql
     assert await store.last_time() is None
     assert await store.generated(uuid4()) is None
     assert await store.sighted(b"h" * 32) is None
-    assert await store.head() == (0, bytes(32))
+    assert await store.head() == (0, bytes(32), None)
     assert await store.sealing_keys() == frozenset()
     for lost in (store.terms(b"x" * 32), store.chain(b"x" * 32)):
         with pytest.raises(Unavailable):
@@ -329,6 +329,13 @@ async def test_a_record_settles_with_a_grant_or_is_not_written(store: SqlStore) 
         await store.record(audit(), Spending(grant="g", change=refuse))
     assert await store.head() == head
     assert await store.ledger("g") == LedgerRow(released=1)
+
+
+async def test_the_latest_time_of_the_log_is_its_heads_also_where_its_last_record_is_earlier(store: SqlStore) -> None:
+    for minutes in (0, 30, 1):
+        await store.record(audit(time=NOW + timedelta(minutes=minutes)))
+    number, _, time = await store.head()
+    assert (number, time) == (3, NOW + timedelta(minutes=30))
 
 
 async def test_the_schema_refuses_a_ledger_below_zero(store: SqlStore) -> None:

@@ -66,7 +66,7 @@ class OwnerSite:
 async def sign_head(site: OwnerSite, head: Head | None = None) -> str:
     """Sign where the log stands, or a lie about it, as the verifier's chore does; the checkpoint."""
     if head is None:
-        number, last = await site.desk.store.head()
+        number, last, _ = await site.desk.store.head()
         head = Head(number=number, hash=last)
     claims = checkpoint_claims(head, time=site.desk.clock.now(), issuer=VERIFIER)
     token = site.desk.dependencies.signer.sign(claims, typ=CHECKPOINT_TYPE)

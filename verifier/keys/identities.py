@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Protocol
 
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -33,8 +34,8 @@ class IdentityStore(Protocol):
         """A sealed key of the verifier's own."""
         ...
 
-    async def head(self) -> tuple[int, bytes]:
-        """Number and hash of the last audit record; 0 in a new store."""
+    async def head(self) -> tuple[int, bytes, datetime | None]:
+        """Number and hash of the last audit record, 0 in a new store; and the latest time of all."""
         ...
 
     async def keep_identity(self, name: str, sealed: bytes) -> bytes:
@@ -62,7 +63,7 @@ async def load_identities(
         Unavailable: the store has no answer, the sealing key is out of reach, or what is kept does not open.
     """
     # Before the keys are looked for: another replica that is starting too records nothing before it has them.
-    records, _ = await store.head()
+    records, _, _ = await store.head()
     signing, new_signing = await _kept(store, sealing, SIGNING, _new_signing_key)
     pseudonym, new_pseudonym = await _kept(store, sealing, PSEUDONYM, lambda: random(PSEUDONYM_KEY_SIZE))
     signer = _signer(signing)

@@ -2,7 +2,8 @@
 
 Time is max(clock, last stored), so that a clock that steps back brings no expired launch back to life, also where the
 last transaction was another replica's. A clock more than ten minutes behind what is stored is broken (or the store is
-from the future): begin and release are refused with CLOCK_SKEW until it has caught up.
+from the future): begin and release are refused with CLOCK_SKEW until it has caught up. One that is more than ten
+minutes ahead of what the others store is told of (`ahead`); it may as well be theirs that is wrong.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ class Timekeeper:
         self._clock = clock
         self._ask = last
         self._last: datetime | None = None
+        self._looked: tuple[datetime | None, datetime] | None = None  # what was stored, and the clock
 
     async def now(self) -> datetime:
         """The time, for what may happen whatever the clock says: reading, giving up, expiring.
@@ -62,6 +64,21 @@ class Timekeeper:
     def behind(self) -> timedelta:
         """By how much the clock is behind the latest stored time that is known here; none where it is not."""
         return timedelta() if self._last is None else max(timedelta(), self._last - self._clock.now())
+
+    async def ahead(self) -> timedelta | None:
+        """How far the clock was ahead, at the last call, of what was stored since then; None for up to ten minutes.
+
+        A clock that is far ahead shows in nothing else until it decides something, and then in all others being behind.
+
+        Raises:
+            Unavailable: the store has no answer.
+        """
+        stored, before = await self._ask(), self._looked
+        self._looked = (stored, self._clock.now())
+        if before is None or stored is None or stored == before[0]:
+            return None
+        ahead = before[1] - stored
+        return ahead if ahead > SKEW_MAX else None
 
     def stored(self, time: datetime) -> None:
         """Take note of a time that a transaction carried."""

@@ -211,8 +211,11 @@ class Store(Protocol):
         """Audit records, oldest first, of one launch or all; a page after the number `after`."""
         ...
 
-    async def head(self) -> tuple[int, bytes]:
-        """Number and hash of the last audit record; 0 and 32 zero bytes in a new store."""
+    async def head(self) -> tuple[int, bytes, datetime | None]:
+        """Number and hash of the last audit record, and the latest time of all.
+
+        In a new store 0, 32 zero bytes and None.
+        """
         ...
 
     async def keep_checkpoint(self, checkpoint: Checkpoint) -> bool:

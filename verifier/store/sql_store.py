@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 from uuid import UUID
 
 from verifier.store.engine import Engine, Transaction, bring_forward
@@ -11,7 +12,7 @@ from verifier.store.rows import AuditRow, ChainedRecord, Checkpoint, Spending
 from verifier.store.sql_common import OverEngine, append
 from verifier.store.sql_launches import Launches, spend
 from verifier.store.sql_owner import Documents, Secrets
-from verifier.store.sql_rows import AUDIT_COLUMNS, chained_of
+from verifier.store.sql_rows import AUDIT_COLUMNS, chained_of, time_of
 
 
 class AuditLog(OverEngine):
@@ -36,10 +37,11 @@ class AuditLog(OverEngine):
         )
         return [chained_of(row) for row in rows]
 
-    async def head(self) -> tuple[int, bytes]:
+    async def head(self) -> tuple[int, bytes, datetime | None]:
         """See `Store`."""
-        rows = await self._rows("SELECT number, hash FROM audit_head")
-        return rows[0][0], rows[0][1]
+        rows = await self._rows("SELECT number, hash, time FROM audit_head")
+        number, digest, time = rows[0]
+        return number, digest, None if time is None else time_of(time)
 
     async def keep_checkpoint(self, checkpoint: Checkpoint) -> bool:
         """See `Store`."""

@@ -6,12 +6,13 @@ import asyncio
 import json
 import sqlite3
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from common.audit.chain import record_hash
-from common.audit.checkpoint import verify_checkpoints
+from common.audit.checkpoint import read_checkpoint, verify_checkpoints
 from common.audit.jws import read_key_set
 from common.errors import Reason, Refused, SevattestError, Unavailable
 from tests.support.desk import START, VERIFIER, Desk, desk
@@ -51,6 +52,13 @@ async def signed(d: Desk) -> list[int]:
     keys = read_key_set(json.dumps(d.dependencies.signer.jwks()).encode())
     tokens = [each.token for each in await d.store.checkpoints(after=0, limit=100)]
     return [each.head.number for each in verify_checkpoints(tokens, keys)]
+
+
+async def times(d: Desk) -> list[datetime]:
+    """When the log says that it was signed."""
+    keys = read_key_set(json.dumps(d.dependencies.signer.jwks()).encode())
+    found = [read_checkpoint(each.token, keys).iat for each in await d.store.checkpoints(after=0, limit=100)]
+    return [datetime.fromtimestamp(iat, UTC) for iat in found]
 
 
 def write_anew(d: Desk, number: int, body: str, *, head: int | None = None) -> None:
@@ -125,6 +133,48 @@ async def test_a_log_that_lost_what_was_signed_is_not_signed_until_it_is_that_lo
             with pytest.raises(Refused):
                 await sign()
     assert await signed(d) == []
+
+
+async def test_a_clock_that_was_ahead_for_a_moment_accuses_nobody(d: Desk) -> None:
+    chore = checkpoints(d)
+    await record(d, 2)
+    d.clock.advance(timedelta(minutes=30))
+    await chore.maybe()
+    d.clock.advance(timedelta(minutes=-29))
+    await record(d, 2)
+    await chore.maybe()
+    assert await signed(d) == [2, 4]
+
+
+async def test_replicas_sign_one_time_for_one_record_whichever_of_them_wrote_it(d: Desk) -> None:
+    """One of them is half an hour ahead, writes a record, and the others' were under way."""
+    one, other = checkpoints(d), checkpoints(d)
+    await record(d, 2)
+    await one.maybe()
+    await d.store.record(audit(time=START))
+    await d.store.record(audit(time=START + timedelta(minutes=30)))
+    await other.maybe()
+    await d.store.record(audit(time=START))
+    await one.finish()
+    await d.store.record(audit(time=START))
+    await checkpoints(d).maybe()
+    assert await signed(d) == [2, 4, 5, 6]
+    assert await times(d) == [START, *[START + timedelta(minutes=30)] * 3]
+
+
+async def test_a_log_that_was_set_back_and_went_on_is_found_with_a_kept_checkpoint(d: Desk) -> None:
+    await record(d, 5)
+    await checkpoints(d).maybe()
+    kept = [each.token for each in await d.store.checkpoints(after=0, limit=1)]
+    write_anew(d, 1, "{}", head=2)
+    d.clock.advance(timedelta(minutes=11))
+    await record(d, 1)
+    await checkpoints(d).maybe()
+    assert await signed(d) == [3]  # alone, it says nothing of it
+    keys = read_key_set(json.dumps(d.dependencies.signer.jwks()).encode())
+    tokens = [each.token for each in await d.store.checkpoints(after=0, limit=1)]
+    with pytest.raises(Refused, match="record 5 was signed before record 3, which is older: the log was set back"):
+        verify_checkpoints([*kept, *tokens], keys)
 
 
 async def test_what_another_replica_recorded_and_signed_is_signed_on(d: Desk) -> None:

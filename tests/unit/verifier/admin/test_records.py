@@ -37,7 +37,7 @@ async def test_what_is_shown_is_what_is_hashed(site: OwnerSite) -> None:
     await site.released()
     records = await everything(site)
     assert [each.number for each in records] == list(range(1, len(records) + 1))
-    number, last = await site.desk.store.head()
+    number, last, _ = await site.desk.store.head()
     assert verify_chain(map(link, records), GENESIS) == Head(number=number, hash=last)
 
 

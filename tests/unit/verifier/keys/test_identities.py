@@ -8,6 +8,7 @@ import hmac
 import json
 import os
 import re
+from datetime import datetime
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
@@ -31,9 +32,9 @@ class Kept:
         self.blobs: dict[str, bytes] = {}
         self.records = 0
 
-    async def head(self) -> tuple[int, bytes]:
+    async def head(self) -> tuple[int, bytes, datetime | None]:
         await asyncio.sleep(0)
-        return self.records, bytes(32)
+        return self.records, bytes(32), None
 
     async def identity(self, name: str) -> bytes | None:
         await asyncio.sleep(0)

@@ -85,3 +85,36 @@ async def test_how_far_the_clock_is_behind_is_known_and_never_less_than_nothing(
     assert keeper.behind == timedelta(minutes=5)
     clock.advance(timedelta(minutes=6))
     assert keeper.behind == timedelta()
+
+
+async def test_a_clock_far_ahead_of_what_others_store_is_told_of_each_time_they_store() -> None:
+    clock, stored = SettableClock(START + timedelta(minutes=30)), Stored(START)
+    keeper = Timekeeper(clock, stored)
+    for minutes in (0, 1, 2):
+        stored.time = START + timedelta(minutes=minutes)
+        ahead = await keeper.ahead()
+        assert ahead == (timedelta(minutes=29) if minutes else None)
+        clock.advance(timedelta(minutes=1))
+
+
+async def test_a_clock_that_was_ahead_for_one_look_is_told_of_when_something_is_stored() -> None:
+    clock, stored = SettableClock(START + timedelta(minutes=30)), Stored()
+    keeper = Timekeeper(clock, stored)
+    assert await keeper.ahead() is None
+    clock.time = stored.time = START + timedelta(minutes=1)
+    assert await keeper.ahead() == timedelta(minutes=29)
+    assert await keeper.ahead() is None  # nothing was stored since
+    stored.time = clock.time = START + timedelta(minutes=2)
+    assert await keeper.ahead() is None
+
+
+@pytest.mark.parametrize("minutes", [0, 10, 600])
+async def test_a_store_in_which_nothing_happens_accuses_no_clock(minutes: int) -> None:
+    """Nor does what is stored after a long rest, or by somebody whose clock is ten minutes behind."""
+    clock, stored = SettableClock(START), Stored(START - timedelta(days=1))
+    keeper = Timekeeper(clock, stored)
+    for _ in range(3):
+        assert await keeper.ahead() is None
+        clock.advance(timedelta(minutes=minutes))
+    stored.time = clock.time - timedelta(minutes=minutes) - SKEW_MAX
+    assert await keeper.ahead() is None
