@@ -1,7 +1,7 @@
 """The `sev-verifier` command: serve, check-config, health, keygen, generated, audit.
 
 Errors go to stderr as `sev-verifier: sentence`, hints as `hint: sentence`. Exit codes are those of `sevattest`:
-0 done, 1 refused, 2 usage or bad input, 3 something needed failed.
+0 done, 1 refused, 2 usage or bad input, 3 something needed failed; and 5, the key token refuses the PIN.
 """
 
 from __future__ import annotations

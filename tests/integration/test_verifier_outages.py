@@ -19,6 +19,7 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
@@ -268,7 +269,8 @@ def token(folder: Path) -> SoftToken:
     return make_token(folder / "token", module, keep=1.0)
 
 
-async def test_a_token_that_is_pulled_stops_launches_until_it_is_back(folder: Path, token: SoftToken) -> None:
+def site_with(token: SoftToken, folder: Path) -> VerifierSite:
+    """A site whose key file only the token opens."""
     settings = token.settings
     table = f"""\
 [pkcs11]
@@ -280,10 +282,13 @@ keep = {settings.keep}
 """
     site = VerifierSite.make(folder, extra=LIMITS + table)
     (folder / "kek.bin").unlink()
-    made = await asyncio.to_thread(
-        run, "keygen", str(folder / "kek.bin"), "--config", str(site.config), "--make-key", **token.environment
-    )
+    made = run("keygen", str(folder / "kek.bin"), "--config", str(site.config), "--make-key", **token.environment)
     assert made.returncode == 0, made.stderr
+    return site
+
+
+async def test_a_token_that_is_pulled_stops_launches_until_it_is_back(folder: Path, token: SoftToken) -> None:
+    site = await asyncio.to_thread(site_with, token, folder)
     with site.serve(environ=token.environment) as serving:
         async with told(site, serving.address) as story:
             token.pull()
@@ -292,6 +297,20 @@ keep = {settings.keep}
             await story.is_open()
             token.put_back()
             await story.goes_on()
+
+
+def test_a_refused_pin_ends_a_start_with_a_code_that_nothing_else_has(folder: Path, token: SoftToken) -> None:
+    site = site_with(token, folder)
+    config = ("--config", str(site.config))
+    token.pull()
+    away = run("serve", *config, **token.environment)
+    assert (away.returncode, away.stderr.splitlines()[-1]) == (3, "sev-verifier: the key token owner is not there")
+    token.put_back()
+    token.write_pin("another")
+    for words in (("serve",), ("generated", "--launch", str(uuid4())), ("keygen", str(folder / "more.bin"))):
+        refused = run(*words, *config, **token.environment)
+        assert (refused.returncode, refused.stdout) == (5, "")
+        assert refused.stderr.splitlines()[-1] == "sev-verifier: the key token owner refuses the PIN"
 
 
 def run(*words: str, **environ: str) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,7 @@
-"""The agent's unit, its drop-ins, the udev rule and the sample configuration, held against what the drivers need."""
+"""The agent's unit, its drop-ins, the udev rule and the sample configuration, held against what the drivers need.
+
+And the verifier's unit, against how it ends.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,14 @@ from pathlib import Path
 import pytest
 
 from common import config as configuration
+from common.errors import LEAVES
 from host_agent.config import AgentConfig
 from host_agent.devices import DEFAULT_PATH, DEV_SEV, DRIVERS
 from host_agent.devices.qmp import QmpDevice
 from host_agent.hypervisors.arguments import check_definition
 from host_agent.hypervisors.fleet import DRIVERS as GUEST_DRIVERS
 from host_agent.hypervisors.unit import takes_along
+from verifier.keys.token import PinRefused
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
@@ -85,6 +90,14 @@ def test_a_unit_without_such_a_line_is_noticed(device: str, rights: str) -> None
     text = UNIT.read_text(encoding="utf-8")
     assert line in text
     assert not Unit(text.replace(line, f"DeviceAllow={device}{rights}\n" if rights else "")).may_open(device)
+
+
+def test_the_verifier_is_not_started_again_after_a_pin_that_its_token_refused() -> None:
+    """Nor for ever left ended after anything else."""
+    settings = Unit((DEPLOY / "verifier" / "sev-verifier.service").read_text(encoding="utf-8"))
+    assert settings.words("Restart") == {"on-failure"}
+    assert settings.words("RestartPreventExitStatus") == {str(PinRefused.exit_code)}
+    assert PinRefused.exit_code not in {leaf.exit_code for leaf in LEAVES}
 
 
 def test_the_devices_group_is_the_units() -> None:

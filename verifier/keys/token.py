@@ -3,6 +3,11 @@
 Needs the extra `pkcs11` (python-pkcs11), imported when a token is first asked. All calls here block; they are for
 threads and for commands. A token's library is one for the whole process, so one call at a time starts it anew, asks,
 and leaves: that is what finds a token gone, and what finds it back.
+
+A few wrong PINs lock a token for good, and a machine repeats what it does. So within a process a PIN that a token
+refused is tried once, whoever asks; a start that ends with it has an exit code by which no supervisor starts it again;
+and the last try that a token has left is never for a PIN that was not accepted before: the token counts for all
+processes, replicas and restarts, and no file of ours could, since a container and replicas on a PostgreSQL keep none.
 """
 
 from __future__ import annotations
@@ -25,6 +30,22 @@ if TYPE_CHECKING:
 PIN_MAX = 256  # bytes of a PIN file; PKCS#11 tokens take fewer
 _KEY_BITS = 256
 _IN_USE = threading.Lock()
+# Of the process, as the library is: which PINs a token refused and accepted, each by `_PinFile`. Guarded by `_IN_USE`.
+_REFUSED: set[_PinFile] = set()
+_ACCEPTED: set[_PinFile] = set()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PinFile:
+    """A token, and the file with its PIN as it stands: whatever replaces or touches it makes another one of it."""
+
+    module: Path
+    token: str
+    path: Path
+    device: int
+    inode: int
+    modified: int
+    size: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +67,15 @@ class Pkcs11Settings:
     keep: float = 60.0
 
 
+class PinRefused(Unavailable):
+    """The token refuses the PIN, or has one try left: nothing is tried again before somebody has looked.
+
+    Whatever starts a command again by itself can tell by its exit code.
+    """
+
+    exit_code = 5
+
+
 class Token:
     """A token, asked for one thing at a time."""
 
@@ -57,14 +87,13 @@ class Token:
         """
         _pkcs11()
         self._settings = settings
-        # A wrong PIN is never tried twice: a few tries lock a token for good.
-        self._refused_pin: tuple[int, int, int] | None = None
 
     def decrypt(self, nonce: bytes, associated: bytes, sealed: bytes) -> bytes:
         """Open what `encrypt` sealed.
 
         Raises:
-            Unavailable: the token or its key is gone, locked or does not open it (KEY_UNAVAILABLE).
+            Unavailable: the token or its key is gone, locked or does not open it (KEY_UNAVAILABLE); `PinRefused`
+                where it refuses the PIN.
         """
         from pkcs11 import Mechanism  # noqa: PLC0415 -- an extra
         from pkcs11.mechanisms import GCMParams  # noqa: PLC0415
@@ -83,7 +112,7 @@ class Token:
             make_key: make the key where there is none.
 
         Raises:
-            Unavailable: the token or its key is gone or locked (KEY_UNAVAILABLE).
+            Unavailable: the token or its key is gone or locked (KEY_UNAVAILABLE); `PinRefused` as in `decrypt`.
             InvalidInput: the key can be taken out of the token (INVALID_CONFIGURATION).
         """
         from pkcs11 import Attribute, KeyType, Mechanism, MechanismFlag  # noqa: PLC0415
@@ -134,34 +163,49 @@ class Token:
         pkcs11 = _pkcs11()
         settings = self._settings
         with _IN_USE:
-            stamp, pin = self._pin()
+            stands, pin = self._pin()
             try:
                 library = pkcs11.lib(str(settings.module))
                 library.reinitialize()
-                with library.get_token(token_label=settings.token).open(rw=rw, user_pin=pin) as session:
+                token = library.get_token(token_label=settings.token)
+                if token.flags & pkcs11.TokenFlag.USER_PIN_FINAL_TRY and stands not in _ACCEPTED:
+                    raise self._refused("has one try left for the PIN, which is not used; log in once by its own tool")
+                with token.open(rw=rw, user_pin=pin) as session:
+                    _ACCEPTED.add(stands)
                     yield session
             except (pkcs11.PinIncorrect, pkcs11.PinInvalid, pkcs11.PinLenRange, pkcs11.PinLocked) as error:
-                self._refused_pin = stamp
-                raise self._away("refuses the PIN") from error
+                _REFUSED.add(stands)
+                _ACCEPTED.discard(stands)
+                raise self._refused("refuses the PIN") from error
             except pkcs11.NoSuchToken as error:
                 raise self._away("is not there") from error
             except pkcs11.PKCS11Error as error:  # its text may be anything; its class tells enough
                 raise self._away(f"does not do it ({type(error).__name__})") from error
 
-    def _pin(self) -> tuple[tuple[int, int, int], str]:
-        path = self._settings.pin_file
+    def _pin(self) -> tuple[_PinFile, str]:
+        """How the PIN's file stands, and the PIN."""
+        settings = self._settings
+        path = settings.pin_file
         try:
             status = path.stat()
-            stamp = (status.st_ino, status.st_mtime_ns, status.st_size)
-            if stamp == self._refused_pin:
-                raise self._away("refused the PIN; it is not tried again until the file with it changes")
+            stands = _PinFile(
+                module=settings.module,
+                token=settings.token,
+                path=path,
+                device=status.st_dev,
+                inode=status.st_ino,
+                modified=status.st_mtime_ns,
+                size=status.st_size,
+            )
+            if stands in _REFUSED:
+                raise self._refused("refused the PIN; it is not tried again until the file with it changes")
             pin = read_private_file(
                 path,
                 setting="pkcs11.pin_file",
                 limit=PIN_MAX,
                 hint="it holds the user PIN, and nobody else can read it",
             )
-            return stamp, pin.decode().removesuffix("\n")
+            return stands, pin.decode().removesuffix("\n")
         except InvalidInput as error:
             raise Unavailable(Reason.KEY_UNAVAILABLE, error.message) from error
         except OSError as error:
@@ -170,6 +214,9 @@ class Token:
             ) from error
         except UnicodeDecodeError:
             raise Unavailable(Reason.KEY_UNAVAILABLE, f"pkcs11.pin_file: {path} is not UTF-8") from None
+
+    def _refused(self, what: str) -> PinRefused:
+        return PinRefused(Reason.KEY_UNAVAILABLE, f"the key token {self._settings.token} {what}")
 
     def _away(self, what: str) -> Unavailable:
         return Unavailable(Reason.KEY_UNAVAILABLE, f"the key token {self._settings.token} {what}")

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import stat
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pkcs11
 import pytest
-from pkcs11 import Attribute, KeyType, MechanismFlag, ObjectClass
+from pkcs11 import Attribute, KeyType, MechanismFlag, ObjectClass, TokenFlag
 
 from common.errors import InvalidInput, Reason, SevattestError, Unavailable
 from common.private_file import write_private
 from tests.support.eventually import until
 from tests.support.recording_log import RecordingLog
-from tests.support.softhsm import KEY, MISSING, PIN, TOKEN, SoftToken, make_token, softhsm_module
+from tests.support.softhsm import KEY, MISSING, PIN, SO_PIN, TOKEN, SoftToken, make_token, softhsm_module
 from verifier.keys import pkcs11 as wrapped_keys
 from verifier.keys.file import FileKey, read_key_file, write_key_file
 from verifier.keys.keyring import Keyring
@@ -30,7 +32,7 @@ from verifier.keys.pkcs11 import (
     read_wrapped_key_file,
     write_wrapped_key_file,
 )
-from verifier.keys.token import Token
+from verifier.keys.token import PinRefused, Token
 
 MODULE = softhsm_module()
 pytestmark = pytest.mark.skipif(MODULE is None, reason=MISSING)
@@ -168,27 +170,107 @@ def make_another(token: SoftToken, *, extractable: bool = False) -> None:
     )
 
 
+class Watched:
+    """python-pkcs11's library: which PINs are tried, and a token that may say that one try is left."""
+
+    def __init__(self, library: Any) -> None:
+        self._library = library
+        self.tried: list[str] = []
+        self.final = False
+
+    def __call__(self, so: str) -> Any:
+        library = self._library(so)
+
+        def get_token(token_label: str) -> Any:
+            token = library.get_token(token_label=token_label)
+
+            def opened(*, rw: bool, user_pin: str) -> Any:
+                self.tried.append(user_pin)
+                return token.open(rw=rw, user_pin=user_pin)
+
+            last = TokenFlag.USER_PIN_FINAL_TRY if self.final else TokenFlag(0)
+            return SimpleNamespace(flags=token.flags | last, open=opened)
+
+        return SimpleNamespace(reinitialize=library.reinitialize, finalize=library.finalize, get_token=get_token)
+
+
+@pytest.fixture
+def watched(path: Path, monkeypatch: pytest.MonkeyPatch) -> Watched:
+    """From where the key file is made on."""
+    assert path.exists()
+    made = Watched(pkcs11.lib)
+    monkeypatch.setattr(pkcs11, "lib", made)
+    return made
+
+
 async def test_a_refused_pin_is_not_tried_again_until_its_file_changes(
-    token: SoftToken, path: Path, monkeypatch: pytest.MonkeyPatch
+    token: SoftToken, path: Path, watched: Watched
 ) -> None:
     key = read_wrapped_key_file(path, token.settings)
-    asked = 0
-    library = pkcs11.lib
-
-    def counted(so: str) -> Any:
-        nonlocal asked
-        asked += 1
-        return library(so)
-
-    monkeypatch.setattr(pkcs11, "lib", counted)
     token.write_pin("another")
-    refusals = [(await refusal(key)).message for _ in range(4)]
-    assert asked == 1
-    assert "refuses the PIN" in refusals[0]
-    assert all("not tried again" in message and "another" not in message for message in refusals[1:])
+    refusals = [await refusal(key) for _ in range(4)]
+    assert watched.tried == ["another"]
+    assert all(isinstance(each, PinRefused) for each in refusals)
+    assert "refuses the PIN" in refusals[0].message
+    assert all("not tried again" in each.message and "another" not in each.message for each in refusals[1:])
+    os.utime(token.settings.pin_file)
+    await refusal(key)
+    assert watched.tried == ["another"] * 2
     token.write_pin(PIN)
     await key.refresh()
-    assert asked == 2
+    assert watched.tried == ["another", "another", PIN]
+
+
+async def test_a_refused_pin_is_tried_once_for_all_key_files_and_all_times_that_they_are_read(
+    token: SoftToken, path: Path, tmp_path: Path, watched: Watched
+) -> None:
+    files = (path, tmp_path / "older-1.bin", tmp_path / "older-2.bin")
+    for file in files[1:]:
+        write_wrapped_key_file(file, token.settings)
+    watched.tried.clear()
+    token.write_pin("another")
+    for _ in range(2):
+        for file in files:
+            await refusal(read_wrapped_key_file(file, token.settings))
+        with pytest.raises(PinRefused):
+            write_wrapped_key_file(tmp_path / "more.bin", token.settings)
+    assert watched.tried == ["another"]
+    # What was refused says nothing of another file, nor of another token.
+    spare = tmp_path / "spare"
+    write_private(spare, PIN.encode())
+    await read_wrapped_key_file(path, replace(token.settings, pin_file=spare)).refresh()
+    token.write_pin(PIN)
+    for file in files:
+        await read_wrapped_key_file(file, token.settings).refresh()
+
+
+async def test_a_pin_that_was_accepted_and_is_refused_now_is_not_tried_again(
+    token: SoftToken, path: Path, watched: Watched
+) -> None:
+    key = read_wrapped_key_file(path, token.settings)
+    await key.refresh()
+    token.tool("--init-token", "--token", TOKEN, "--label", TOKEN, "--so-pin", SO_PIN, "--pin", "8888-4444")
+    for _ in range(3):
+        assert isinstance(await refusal(key), PinRefused)
+    assert watched.tried == [PIN, PIN]
+
+
+async def test_the_last_try_that_a_token_has_left_is_for_nobody_but_a_pin_that_it_accepted(
+    token: SoftToken, path: Path, watched: Watched
+) -> None:
+    watched.final = True
+    os.utime(token.settings.pin_file)  # as after a start: nothing is known of it
+    key = read_wrapped_key_file(path, token.settings)
+    for _ in range(3):
+        error = await refusal(key)
+        assert isinstance(error, PinRefused)
+        assert "has one try left for the PIN" in error.message
+    assert watched.tried == []
+    watched.final = False  # somebody logged in
+    await key.refresh()
+    watched.final = True  # and somebody else did not
+    await key.refresh()
+    assert watched.tried == [PIN, PIN]
 
 
 async def test_whoever_needs_the_key_is_told_nothing_of_the_token_or_of_where_its_pin_lies(
