@@ -15,7 +15,7 @@ from common.errors import InvalidInput, Reason, SevattestError
 from common.private_file import read_private
 from common.sev.certs.roots import Root, named_root, pinned_roots
 from common.telemetry.log import Log
-from verifier.config import Config
+from verifier.config import Config, StoreConfig
 from verifier.keys.base import SealingKey
 from verifier.keys.file import read_key_file
 from verifier.keys.keyring import Keyring
@@ -44,8 +44,12 @@ def make_store(config: Config, on_step: Callable[[str], None] = no_step) -> SqlS
     """
     if config.store is None:
         return SqliteStore(config.folder, on_step=on_step)
-    dsn = read_private(config.store.postgres, _DSN_MAX).decode("utf-8", "replace").strip()
-    return PostgresStore(dsn, on_step, schema=config.store.schema, threads=config.store.connections)
+    return _postgres(config.store, on_step)
+
+
+def _postgres(store: StoreConfig, on_step: Callable[[str], None] = no_step) -> PostgresStore:
+    dsn = read_private(store.postgres, _DSN_MAX).decode("utf-8", "replace").strip()
+    return PostgresStore(dsn, on_step, schema=store.schema, threads=store.connections)
 
 
 def sealing_keys(config: Config) -> tuple[SealingKey, ...]:
@@ -145,10 +149,17 @@ async def beside(config: Config) -> AsyncIterator[tuple[GeneratedRows, Keyring]]
     if config.store is None:
         yield SqliteReader(config.folder), keyring
         return
-    store = make_store(config)
-    await store.open()
-    try:
+    async with _reading(config.store) as store:
         yield store, keyring
+
+
+@asynccontextmanager
+async def _reading(config: StoreConfig) -> AsyncIterator[PostgresStore]:
+    """The store that replicas share, as it is: nothing is made in it, and no schema brought forward."""
+    store = _postgres(config)
+    try:
+        await store.open_to_read()
+        yield store
     finally:
         await store.close()
 
@@ -162,12 +173,8 @@ async def read_records(config: Config, launch_id: UUID | None) -> Sequence[Audit
     """
     if config.store is None:
         return read_audit(config.folder / FILE_NAME, launch_id)
-    store = make_store(config)
-    await store.open()
-    try:
-        found: list[ChainedRecord] = []
+    found: list[ChainedRecord] = []
+    async with _reading(config.store) as store:
         while page := await store.records(launch_id, after=found[-1].number if found else 0, limit=_PAGE):
             found += page
-        return [each.record for each in found]
-    finally:
-        await store.close()
+    return [each.record for each in found]

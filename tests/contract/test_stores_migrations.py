@@ -13,6 +13,7 @@ from tests.support.postgres import Server
 from tests.support.store_rows import opening
 from tests.support.stores import Place
 from verifier.store.migrations import Step, migrations, step
+from verifier.store.postgres import PostgresStore
 from verifier.store.rows import Outcome
 from verifier.store.sqlite_file import FILE_NAME
 
@@ -110,3 +111,35 @@ async def test_a_step_that_fails_leaves_the_schema_as_it_was(place: Place, reque
 async def test_replicas_that_start_at_once_apply_each_step_once(place: Place, request: pytest.FixtureRequest) -> None:
     await asyncio.gather(*(opened(place, ADDITIVE) for _ in range(6)))
     assert applied(place, request) == ["0001_everything", "0002_more"]
+
+
+# Commands that only read.
+
+
+async def read(place: Place, *more: Step) -> None:
+    """A command that knows `more` steps reads beside whoever serves."""
+    made = place.store(steps=(*migrations(place.kind), *more))
+    assert isinstance(made, PostgresStore)
+    try:
+        await made.open_to_read()
+        await made.records(None, after=0, limit=1)
+    finally:
+        await made.close()
+
+
+@pytest.mark.parametrize("place", ["postgres"], indirect=True)
+async def test_whoever_only_reads_brings_no_schema_forward(place: Place, request: pytest.FixtureRequest) -> None:
+    await opened(place)
+    await read(place)
+    with pytest.raises(Unavailable, match="the store has schema 1, this version reads 2"):
+        await read(place, ADDITIVE)
+    assert applied(place, request) == ["0001_everything"]
+    await opened(place, ADDITIVE)
+    await read(place)  # what a newer one only added is in nobody's way
+
+
+@pytest.mark.parametrize("place", ["postgres"], indirect=True)
+async def test_whoever_only_reads_does_not_read_what_a_newer_one_changed(place: Place) -> None:
+    await opened(place, BREAKING)
+    with pytest.raises(Unavailable, match="the store has schema 2, this version knows up to 1"):
+        await read(place)

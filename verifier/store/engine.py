@@ -134,3 +134,21 @@ def require_servable(found: Sequence[Row], steps: Sequence[Step]) -> None:
     needed = max((compatible_from for number, compatible_from in found if number > known), default=0)
     if needed > known:
         raise unavailable(f"the store has schema {found[-1][0]}, this version knows up to {known}")
+
+
+def require_readable(found: Sequence[Row], steps: Sequence[Step]) -> None:
+    """Return if a command that knows `steps`, and brings nothing forward, may read a store that has the steps `found`.
+
+    Args:
+        found: number and compatible_from of each, by number.
+        steps: what the command knows.
+
+    Raises:
+        Unavailable: there are none, it lacks some, or a newer version made steps that this one cannot read.
+    """
+    require_servable(found, steps)
+    newest, known = found[-1][0] if found else 0, steps[-1].number
+    if not newest:
+        raise unavailable("the store has no schema: no verifier has served from it yet")
+    if newest < known:
+        raise unavailable(f"the store has schema {newest}, this version reads {known}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from common.errors import InvalidInput, Reason
-from verifier.store.engine import no_step
+from verifier.store.engine import Transaction, no_step, require_readable
 from verifier.store.sql_store import SqlStore
 
 
@@ -34,3 +34,17 @@ class PostgresStore(SqlStore):
                 Reason.INVALID_CONFIGURATION, "store: PostgreSQL needs the extra sevattest[postgres]"
             ) from error
         super().__init__(PostgresEngine(dsn, on_step, schema=schema, threads=threads))
+
+    async def open_to_read(self) -> None:
+        """Get hold of the database as it is, in place of `open`: for a command that changes nothing.
+
+        Raises:
+            Unavailable: it cannot be reached or must not be used, or its schema is not there or another version's.
+        """
+
+        def work(transaction: Transaction) -> None:
+            made = transaction.has_table("migration")
+            query = "SELECT number, compatible_from FROM migration ORDER BY number"
+            require_readable(transaction.rows(query) if made else [], self._steps)
+
+        await self._engine.read(work)

@@ -24,7 +24,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from common.errors import InvalidInput, Reason, Unavailable
-from verifier.store.engine import require_servable, unavailable
+from verifier.store.engine import require_readable, unavailable
 from verifier.store.migrations import migrations
 
 FILE_NAME = "sevattest.sqlite3"
@@ -185,12 +185,9 @@ def connect_reader(path: Path) -> sqlite3.Connection:
         raise store_unavailable(error, f"open {path}") from error
     try:
         connection.execute("PRAGMA query_only=ON")
-        found = connection.execute("SELECT number, compatible_from FROM migration ORDER BY number").fetchall()
-        known = migrations()
-        require_servable(found, known)
-        newest = found[-1][0] if found else 0
-        if newest < known[-1].number:
-            raise unavailable(f"{path} has schema {newest}, this version reads {known[-1].number}")
+        made = connection.execute("SELECT 1 FROM sqlite_schema WHERE name='migration'").fetchone()
+        query = "SELECT number, compatible_from FROM migration ORDER BY number"
+        require_readable([] if made is None else connection.execute(query).fetchall(), migrations())
     except sqlite3.Error as error:
         connection.close()
         raise store_unavailable(error, f"read {path}") from error

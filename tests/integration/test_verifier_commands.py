@@ -1,0 +1,79 @@
+"""The verifier's commands that only read: whatever they find, and be it nothing, they leave as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from tests.support.postgres import Server
+from tests.support.verifier_process import VerifierSite
+from verifier.cli import main
+
+READING = (("audit",), ("audit", "--json"), ("generated", "--launch", str(uuid4())))
+NO_SCHEMA = "sev-verifier: the store has no schema: no verifier has served from it yet\n"
+
+
+@pytest.fixture
+def on_postgres(
+    tmp_path: Path, postgres_server: Server, postgres_schema: str, monkeypatch: pytest.MonkeyPatch
+) -> tuple[VerifierSite, Callable[[], str]]:
+    """A site, and all that is in its schema."""
+    monkeypatch.setenv("SEVATTEST_STORE__SCHEMA", postgres_schema)
+    site = VerifierSite.make(tmp_path / "owner", dsn=postgres_server.dsn)
+
+    def held() -> str:
+        return postgres_server.sql(
+            "SELECT nspname FROM pg_namespace ORDER BY 1",
+            "SELECT table_name, query_to_xml(format('SELECT * FROM %I.%I', table_schema, table_name), true, false, '') "  # noqa: S608 -- a name that we made
+            f"FROM information_schema.tables WHERE table_schema='{postgres_schema}' ORDER BY 1",
+        )
+
+    return site, held
+
+
+def test_on_an_empty_database_nothing_is_made(
+    on_postgres: tuple[VerifierSite, Callable[[], str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    site, held = on_postgres
+    before = held()
+    assert "audit" not in before
+    for words in READING:
+        assert main([*words, "--config", str(site.config)]) == 3
+        assert capsys.readouterr() == ("", NO_SCHEMA)
+    assert main(["check-config", "--config", str(site.config)]) == 0
+    assert main(["health", "--config", str(site.config)]) == 3
+    assert held() == before
+
+
+def test_beside_a_verifier_that_has_served_they_read(
+    on_postgres: tuple[VerifierSite, Callable[[], str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    site, held = on_postgres
+    with site.serve():
+        pass
+    before = held()
+    assert "audit" in before
+    for words, code in zip(READING, (0, 0, 2), strict=True):
+        assert main([*words, "--config", str(site.config)]) == code
+    assert "no secret was made" in capsys.readouterr().err
+    assert held() == before
+
+
+def test_in_a_state_folder_nothing_is_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    site = VerifierSite.make(tmp_path / "owner")
+    before = sorted(site.folder.rglob("*"))
+    for words in (*READING, ("health",)):
+        assert main([*words, "--config", str(site.config)]) == 3
+    assert main(["check-config", "--config", str(site.config)]) == 0
+    assert sorted(site.folder.rglob("*")) == before
+    state = site.folder / "state"
+    state.mkdir(mode=0o700)
+    (state / "sevattest.sqlite3").touch(mode=0o600)
+    capsys.readouterr()
+    for words in READING:
+        assert main([*words, "--config", str(site.config)]) == 3
+        assert capsys.readouterr() == ("", NO_SCHEMA)
+    assert [(path.name, path.stat().st_size) for path in state.iterdir()] == [("sevattest.sqlite3", 0)]
