@@ -16,23 +16,25 @@ import yaml
 
 from common.errors import Reason, SevattestError
 from tests.support.chains import make_platform
-from tests.support.desk import OWNER, Desk, desk, refused
+from tests.support.desk import OWNER, START, Desk, desk, refused
 from tests.support.documents import STRANGER
 from tests.support.documents import workload as document
 from tests.unit.verifier.launches.test_grants import grant, last, owned
 from tests.unit.verifier.launches.test_platforms import FakeKeyService
 from verifier.admin.desks import owner_desks
 from verifier.admin.requests import Asked
+from verifier.documents.rate import Rate
 from verifier.launches.records import AuditEvent
 from verifier.library.library import Library
 from verifier.store.rows import LedgerRow, Spending
 from verifier.store.sqlite_engine import SqliteEngine
 
+RATE = Rate(times=10, period=timedelta(minutes=1))
 SPENT = {
     "exhausted": (LedgerRow(released=3), Reason.GRANT_EXHAUSTED),
     "suspended": (LedgerRow(refused=3), Reason.GRANT_SUSPENDED),
     "busy": (LedgerRow(open=2), Reason.GRANT_BUSY),
-    "too soon": (LedgerRow(rate_time=2**62), Reason.GRANT_RATE_LIMITED),
+    "too soon": (LedgerRow(rate_time=RATE.furthest(START)), Reason.GRANT_RATE_LIMITED),
 }
 
 
