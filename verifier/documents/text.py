@@ -2,12 +2,14 @@
 
 Refused beyond what the safe loaders refuse: keys that come twice (the last would win silently), keys that are not text,
 YAML aliases (a kilobyte of them unfolds to gigabytes), YAML tags (each is read by code that fails in ways of its own),
-half characters (no file name or record can hold one) and more than one document in a text. Timestamps stay text.
+plain text that YAML 1.1 and YAML 1.2 read differently (`0100`, `1:00`, `yes`), half characters (no file name or record
+can hold one) and more than one document in a text. Dates are text.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Hashable
 from typing import Any
 
@@ -27,7 +29,7 @@ class InvalidDocument(InvalidInput):
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader without aliases, tags, timestamps and repeated keys."""
+    """PyYAML's safe loader without aliases, tags, repeated keys and what readers differ on."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]  # PyYAML has no types here
@@ -48,11 +50,38 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# `2026-01-01` is a version somebody wrote, not a date.
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+# What plain text is beside text, the first that fits; alike in YAML 1.1, in the core schema of YAML 1.2 and, for what a
+# document's keys take, in JSON. A date is text, as in YAML 1.2: `2026-01-01` is a version that somebody wrote.
+_ALIKE = {
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "null": r"~|null|Null|NULL|",
+    "int": r"[-+]?(0|[1-9][0-9]*)",
+    "float": r"[-+]?[0-9]+\.[0-9]*([eE][-+][0-9]+)?|\.[0-9]+([eE][-+][0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
 }
+# What YAML's versions, and their readers, differ on: `0100` is 64, 100 or text, `1:00` is 60 or text.
+_DIFFERENT = r"""
+    [-+]?0b[01_]+ | [-+]?0o[0-7]+ | [-+]?0x[0-9a-fA-F_]+
+    | [-+]?[0-9][0-9_]*(:[0-5]?[0-9])*(\.[0-9_]*)?([eE][-+]?[0-9]+)?
+    | [-+]?\.[0-9][0-9_]*([eE][-+]?[0-9]+)?
+    | yes|Yes|YES|no|No|NO|on|On|ON|off|Off|OFF
+"""
+_DIFFERENT_TAG = "!different"
+_SHOWN_MAX = 64  # characters
+
+
+def _refuse_different(_loader: _Loader, node: yaml.ScalarNode) -> object:
+    shown = node.value[:_SHOWN_MAX]
+    message = f"{shown} means different things to readers of YAML: put text into quotes, write numbers in decimal"
+    raise yaml.constructor.ConstructorError(None, None, message, node.start_mark)
+
+
+_Loader.yaml_implicit_resolvers = {
+    None: [
+        *((f"tag:yaml.org,2002:{kind}", re.compile(rf"(?:{pattern})\Z")) for kind, pattern in _ALIKE.items()),
+        (_DIFFERENT_TAG, re.compile(rf"(?:{_DIFFERENT})\Z", re.VERBOSE)),
+    ]
+}
+_Loader.add_constructor(_DIFFERENT_TAG, _refuse_different)
 
 
 def parse_text(text: bytes, *, is_json: bool) -> object:
@@ -81,8 +110,6 @@ def _require_spellable(data: object) -> None:
         json.dumps(data, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
         raise InvalidDocument("the text escapes half a character (a lone surrogate)") from None
-    except ValueError:  # hexadecimal, so that reading it was no problem
-        raise InvalidDocument("the text holds a number of thousands of digits") from None
 
 
 def _parse_yaml(text: str) -> object:

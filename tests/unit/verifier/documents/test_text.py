@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import math
+import re
 
 import pytest
 from hypothesis import given
@@ -17,8 +20,65 @@ def test_yaml_and_json_give_the_same_data() -> None:
     assert parse_text(b'{"a": [1, "b"], "c": {"d": true}}', is_json=True) == expected
 
 
-def test_a_date_stays_text() -> None:
-    assert parse_text(b"version: 2026-01-01\n", is_json=False) == {"version": "2026-01-01"}
+# What is spelled, and what it means; None where readers differ (YAML 1.1 and the core schema of YAML 1.2), so that none
+# is asked.
+SPELLINGS: tuple[tuple[str, object], ...] = (
+    ("100", 100),
+    ("0", 0),
+    ("-7", -7),
+    ("+7", 7),
+    ("1.10", 1.1),
+    ("-0.5", -0.5),
+    (".5", 0.5),
+    ("1.5e+3", 1500.0),
+    (".inf", math.inf),
+    ("true", True),
+    ("False", False),
+    ("null", None),
+    ("~", None),
+    ("", None),
+    ("tRUE", "tRUE"),
+    ("1.2.3", "1.2.3"),
+    ("1.55.24", "1.55.24"),
+    ("10/1m", "10/1m"),
+    ("10m", "10m"),
+    ("1-8", "1-8"),
+    ("0.5s", "0.5s"),
+    ("1:99", "1:99"),
+    ("2026-01-01", "2026-01-01"),
+    ("2026-01-31T18:00:00Z", "2026-01-31T18:00:00Z"),
+    ("deadbeef", "deadbeef"),
+    ("0xyz", "0xyz"),
+    ("0X1f", "0X1f"),
+    ("12ab", "12ab"),
+    ("=", "="),
+    ("<<", "<<"),
+    ("y", "y"),
+    ("no-es", "no-es"),
+)
+DIFFERENT = (
+    *("0100", "010", "-010", "00", "089", "0_7", "1_000", "1_0.5", "1_000.5", "0b11", "0x10", "0o17", "1:00"),
+    *("-1:30", "190:20:30", "1:30.5", "1e3", "12e4", "1.5e3", "-.5", "-.5e3"),
+    *("yes", "Yes", "YES", "no", "No", "NO", "on", "On", "ON", "off", "Off", "OFF"),
+)
+
+
+@pytest.mark.parametrize(("spelled", "meant"), SPELLINGS)
+def test_plain_text_means_what_every_reader_of_yaml_takes_it_for(spelled: str, meant: object) -> None:
+    assert parse_text(f"a: {spelled}\n".encode(), is_json=False) == {"a": meant}
+
+
+@pytest.mark.parametrize("spelled", DIFFERENT)
+def test_what_readers_of_yaml_differ_on_is_refused_unless_it_is_in_quotes(spelled: str) -> None:
+    with pytest.raises(InvalidDocument, match=f"^line 2: {re.escape(spelled)} means different things"):
+        parse_text(f"b: 1\na: {spelled}\n".encode(), is_json=False)
+    assert parse_text(f"a: '{spelled}'\n".encode(), is_json=False) == {"a": spelled}
+
+
+@pytest.mark.parametrize("value", [0, 100, -7, 1.5, True, False, None, "0100", "1:00", "yes", "2026-01-01", "", "~"])
+def test_a_value_in_json_is_the_same_in_yaml(value: object) -> None:
+    text = json.dumps({"a": value}).encode()
+    assert parse_text(text, is_json=True) == parse_text(text, is_json=False) == {"a": value}
 
 
 @pytest.mark.parametrize(
@@ -38,7 +98,10 @@ def test_a_date_stays_text() -> None:
         (b'a: "\\ud800"\n', False, "half a character"),
         (b'{"a": ["x\\ud800"]}', True, "half a character"),
         (b'{"\\udfff": 1}', True, "half a character"),
-        (b"a: 0x" + b"f" * 10_000, False, "a number of thousands of digits"),
+        (b"a: 0x" + b"f" * 10_000, False, "line 1: 0x"),
+        (b"a: " + b"9" * 10_000, False, "the text is not YAML"),
+        (b'{"a": ' + b"9" * 10_000 + b"}", True, "the text is not JSON"),
+        (b"on: 1\n", False, "line 1: a key is not text"),
         (b"a: 1\n---\nb: 2\n", False, "more than one document"),
         (b"a: [\n", False, "line 2: "),
         (b"{", True, "line 1: "),

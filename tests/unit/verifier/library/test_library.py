@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from common.errors import InvalidInput, Reason, Unavailable
 from tests.support.documents import AppliedDocuments, grant, platform, revocation, row, write_artefacts, write_document
@@ -387,6 +389,19 @@ async def test_many_decisions_at_once_read_a_new_revision_once(folder: Path) -> 
     assert all(each.workload("web") is not None for each in snapshots)
     # Each that came before the new snapshot was there asks the store once, under the lock; but one snapshot is kept.
     assert len({id(each) for each in snapshots}) == 1
+
+
+async def test_a_grant_on_file_with_a_number_that_readers_of_yaml_differ_on_is_no_authority(folder: Path) -> None:
+    shelf = await loaded(folder)
+    text = yaml.safe_dump(grant("fleet", "2")).replace("launches: 10", "launches: 0100").encode()
+    shelf.rows.apply(document(), grant("fleet", "1"), grant("other"))
+    shelf.rows.put(replace(row(grant("fleet", "2")), text=text, is_json=False))
+    documents = await shelf.library.current()
+    with pytest.raises(InvalidInput) as caught:
+        documents.grant("fleet")
+    assert caught.value.reason is Reason.INVALID_CONFIGURATION
+    assert "0100 means different things" in shelf.log.named("document.unusable")[0].fields["text"]
+    assert documents.grant("other") is not None
 
 
 async def test_one_row_that_cannot_be_read_makes_itself_unusable(folder: Path) -> None:
