@@ -26,6 +26,8 @@ from verifier.service import STATES, launch_message
 from verifier.store.rows import LaunchFilter, StoredSecret
 
 _DIGEST_SIZE = 32
+# Of a document's warnings; one that cannot be read may have thousands of problems.
+_WARNINGS_MAX, _WARNING_LENGTH = 100, 1000
 # More documents than this in one simulation are a whole site's, which is what the folder is for.
 SUPPOSED_MAX = 16
 
@@ -159,7 +161,7 @@ def document_message(document: Filed) -> pb.Document:
         apply_time=_time(document.apply_time),
         sha256=document.sha256,
         file=document.file,
-        warnings=document.warnings,
+        warnings=[each[:_WARNING_LENGTH] for each in document.warnings[:_WARNINGS_MAX]],
     )
 
 

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from common.errors import NotFound, Reason, SevattestError, Unavailable, WrongState
 from verifier.admin.filed import Filed, Kind, filed, read_text
-from verifier.admin.paging import Listing, Page, PageRequest
+from verifier.admin.paging import Listing, Page, PageRequest, fitting
 from verifier.admin.requests import AdminMethod, Asked, Draft, Journal, KeptRequests
 from verifier.documents.text import spelled_as_json
 from verifier.documents.workload import version_order
@@ -24,10 +24,10 @@ from verifier.library.documents import Entry
 from verifier.library.validate import DocumentLibrary, check_document
 from verifier.store.rows import AdminRequest, AuditRow, DocumentRow, Outcome, StoredSecret
 
-# Bytes of JSON in one page, so that an answer fits into a message (common.rpc.MAX_ADMIN_MESSAGE) whatever its size.
-PAGE_BYTES = 256 * 1024
 # A document is checked again where others changed meanwhile; a pipeline may apply a whole folder at once.
 ATTEMPTS = 100
+# Versions that the record of a document's end lists, so that it is shorter than a page; each has a record of its own.
+LISTED_MAX = 1000
 
 # No name and no version has it.
 _CURSOR_SEPARATOR = "\n"
@@ -187,7 +187,7 @@ class DocumentDesk:
             await self._journal.now(),
             kind=kind.value,
             name=name,
-            versions=[{"version": each.version, "sha256": each.sha256} for each in known],
+            versions=[{"version": each.version, "sha256": each.sha256} for each in known[:LISTED_MAX]],
         )
         outcome = await self._store.delete_document(kind.value, name, draft.answering(), audit)
         if outcome is Outcome.LOST:
@@ -228,7 +228,10 @@ class DocumentDesk:
             order = version_order(version)
             # A document that went away since leaves its place behind.
             rest = [each for each in rest if each.name > name or (each.name == name and _order(each) < order)]
-        items = await asyncio.to_thread(_written_out, rest[: page.size])
+        # In a thread: YAML is read again.
+        items = await asyncio.to_thread(
+            fitting, map(filed, rest[: page.size]), lambda each: (each.json, *each.warnings)
+        )
         more = len(items) < len(rest)
         last = f"{items[-1].name}{_CURSOR_SEPARATOR}{items[-1].version}" if more else ""
         return Page(items=items, next_token=listing.token(last) if more else "")
@@ -257,19 +260,6 @@ class DocumentDesk:
 
 def _order(entry: Entry) -> tuple[tuple[int, int, str], ...]:
     return version_order(entry.version)
-
-
-def _written_out(entries: Sequence[Entry]) -> Sequence[Filed]:
-    """As many of the entries as fit into an answer, at least one. Blocking: YAML is read again."""
-    items: list[Filed] = []
-    size = 0
-    for entry in entries:
-        item = filed(entry)
-        size += len(item.json.encode())
-        if items and size > PAGE_BYTES:
-            break
-        items.append(item)
-    return items
 
 
 def _conflict(document: Filed, how: str) -> WrongState:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from common.errors import InvalidInput, NotFound, Reason
 from verifier.admin.filed import read_text
 from verifier.admin.launches import Found, LaunchStore, OwnedLaunch, owned, page_of_rows
-from verifier.admin.paging import Listing, Page, PageRequest
+from verifier.admin.paging import Listing, Page, PageRequest, fitting
 from verifier.appraisal.revoked import impact
 from verifier.documents.revocation import Revocation
 from verifier.launches.platforms import DenyList
@@ -54,17 +54,15 @@ class ImpactDesk:
         revocation = replace(revocation, ceks=revocation.ceks | self._denied.fingerprints(revocation.chips))
         listing = Listing("ListRevocationImpact", name, hashlib.sha256(text).hexdigest())
         rows, more = await page_of_rows(self._store, LaunchFilter(), listing.uuid(page.token), LOOKED_AT)
-        items: list[OwnedLaunch] = []
-        last = ""
+        touched: list[OwnedLaunch] = []
         for row in rows:
-            if len(items) == page.size:
-                more = True
-                break
-            last = str(row.launch_id)
             if (finding := impact(revocation, row)) is not None:
                 found = [Found(rule=finding.rule, message=finding.message)]
-                items.append(owned(row, {}, found, chip=self._pseudonym(row.fingerprint)))
-        return Page(items=items, next_token=listing.token(last) if more else "")
+                touched.append(owned(row, {}, found, chip=self._pseudonym(row.fingerprint)))
+        items = fitting(touched[: page.size], lambda each: each.texts)
+        if len(items) < len(touched):
+            return Page(items=items, next_token=listing.token(str(items[-1].launch.launch_id)))
+        return Page(items=items, next_token=listing.token(str(rows[-1].launch_id)) if more else "")
 
     async def _revocation(self, text: bytes, name: str) -> Revocation:
         if not text:

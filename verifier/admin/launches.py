@@ -10,7 +10,7 @@ from uuid import UUID
 import msgspec
 
 from common.sev.measurement import FirmwareVersion
-from verifier.admin.paging import Listing, Page, PageRequest, unusable_token
+from verifier.admin.paging import Listing, Page, PageRequest, fitting, unusable_token
 from verifier.launches.launch import Launch, view
 from verifier.launches.state import State
 from verifier.launches.steps import unknown_launch
@@ -55,6 +55,11 @@ class OwnedLaunch:
     firmware: FirmwareVersion | None = None
     audit_id: UUID | None = None
     explanation: str | None = None
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """What may be long."""
+        return (*(each.message for each in self.findings), self.explanation or "")
 
 
 class LaunchStore(Protocol):
@@ -102,8 +107,9 @@ class LaunchDesk:
         """
         listing = Listing("ListLaunches", which.workload, which.state, which.caller, which.grant)
         rows, more = await page_of_rows(self._store, which, listing.uuid(page.token), page.size)
-        items = [await self._owned(row) for row in rows]
-        return Page(items=items, next_token=listing.token(str(rows[-1].launch_id)) if more else "")
+        items = fitting([await self._owned(row) for row in rows], lambda each: each.texts)
+        more = more or len(items) < len(rows)
+        return Page(items=items, next_token=listing.token(str(items[-1].launch.launch_id)) if more else "")
 
     async def _owned(self, row: LaunchRow) -> OwnedLaunch:
         # The others' records say nothing that the row does not.

@@ -1,4 +1,4 @@
-"""Pages and their tokens: where the next page starts, good for the very listing that gave it and for no other.
+"""Pages, cut to what an answer can carry, and their tokens: where the next page starts, good for one listing only.
 
 A token is base64url of a version, eight bytes that name the listing (its method and filters) and the cursor. It holds
 nothing that its owner may not know and is not signed: a forged one that is well-formed starts a page elsewhere in a
@@ -11,7 +11,7 @@ import base64
 import binascii
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 from uuid import UUID
@@ -20,6 +20,9 @@ from common.errors import InvalidInput, Reason
 from common.ids import canonical_uuid
 
 _T = TypeVar("_T")
+# Bytes of UTF-8 in the texts of one page. Beside them an item is names, ids and times, at most some 1200 bytes, and a
+# page has at most 500 items (common.wire.PAGE_MAX): less than common.rpc.MAX_ADMIN_MESSAGE together.
+PAGE_BYTES = 256 * 1024
 _VERSION = b"\x01"
 _SCOPE_SIZE = 8
 # The longest cursor is a name and a version, 128 and 64 characters; a token of our own is far below.
@@ -52,6 +55,23 @@ class PageRequest:
 
     size: int
     token: str = ""
+
+
+def fitting(items: Iterable[_T], texts: Callable[[_T], Iterable[str]]) -> list[_T]:
+    """As many of the items as one answer can carry, at least one where there is one; no more of them are made.
+
+    Args:
+        items: in the listing's order.
+        texts: those of an item that may be long.
+    """
+    page: list[_T] = []
+    size = 0
+    for item in items:
+        size += sum(len(each.encode()) for each in texts(item))
+        if page and size > PAGE_BYTES:
+            break
+        page.append(item)
+    return page
 
 
 class Listing:

@@ -12,7 +12,7 @@ import msgspec
 
 from common.audit.chain import canonical_json
 from common.errors import Reason, known_reason
-from verifier.admin.paging import Listing, Page, PageRequest
+from verifier.admin.paging import Listing, Page, PageRequest, fitting
 from verifier.store.rows import ChainedRecord, Checkpoint
 
 _CHECKPOINTS = Listing("ListCheckpoints")
@@ -78,8 +78,8 @@ class RecordDesk:
         """
         listing = Listing("ListAuditRecords", None if launch_id is None else str(launch_id))
         found = await self._store.records(launch_id, after=listing.number(page.token), limit=page.size + 1)
-        items = [_shown(each) for each in found[: page.size]]
-        return Page(items=items, next_token=listing.token(str(items[-1].number)) if len(found) > page.size else "")
+        items = fitting(map(_shown, found[: page.size]), lambda each: (each.json,))
+        return Page(items=items, next_token=listing.token(str(items[-1].number)) if len(found) > len(items) else "")
 
     async def checkpoints(self, page: PageRequest) -> Page[str]:
         """Checkpoints, oldest first, each a compact JWS.

@@ -12,6 +12,8 @@ from common.rpc.identity import Role, parse_spiffe_id
 from verifier.documents.form import MetadataForm
 
 CALLERS_MAX = 1024
+# Bytes of UTF-8 of a reason in words: it goes into findings, records and receipts, which have to fit into an answer.
+REASON_MAX = 1024
 # Names, fingerprints and the like in one list: a text of 256 KiB holds no more fingerprints than a few thousand.
 ITEMS_MAX = 65536
 
@@ -81,6 +83,11 @@ class Problems:
         if not _VERSION.fullmatch(text):
             self.add(path, _VERSION_WORDS)
         return text
+
+    def reason(self, path: str, text: str) -> None:
+        """Check a reason that the owner gives for whoever reads a record or a receipt."""
+        if not text.strip() or len(text.encode()) > REASON_MAX:
+            self.add(path, f"is a reason, in words, at most {REASON_MAX} bytes")
 
     def names(self, path: str, texts: Sequence[str]) -> frozenset[str]:
         """Check a list of names."""

@@ -10,8 +10,6 @@ from verifier.documents.problems import HEX32, HEX64, Problems
 from verifier.documents.revocation import Revocation, RevokedFirmware, RevokedWorkload
 from verifier.documents.text import InvalidDocument
 
-WHY_MAX = 1024
-
 
 def read_revocation(form: RevocationForm, *, sha256: str, source: str) -> Revocation:
     """The revocation that a form describes.
@@ -26,8 +24,7 @@ def read_revocation(form: RevocationForm, *, sha256: str, source: str) -> Revoca
     """
     problems, spec = Problems(), form.spec
     problems.metadata(form.metadata)
-    if not spec.why.strip() or len(spec.why) > WHY_MAX:
-        problems.add("spec.why", f"is a reason, in words, at most {WHY_MAX} characters")
+    problems.reason("spec.why", spec.why)
     if not (spec.chips or spec.ceks or spec.generations or spec.firmware or spec.ocas or spec.workloads):
         problems.add("spec", "revokes nothing: list chips, ceks, generations, firmware, ocas or workloads")
     chips = problems.digits("spec.chips", spec.chips, HEX64, "must be a chip's id: 128 lower-case hex digits")

@@ -207,8 +207,8 @@ class _Reader:
     def _risks(self, *, lowered: tuple[str, ...], no_api: bool) -> tuple[str, ...]:
         reason = self._spec.accept_old_firmware
         risks = [_ALLOW_RISKS[name] for name in self._spec.policy.allow]
-        if reason is not None and not reason.strip():
-            self._problems.add("spec.accept_old_firmware", "is a reason, in words")
+        if reason is not None:
+            self._problems.reason("spec.accept_old_firmware", reason)
         if lowered:
             risks.append(f"firmware below the oldest known good is accepted on {', '.join(lowered)}: {reason}")
         if no_api:

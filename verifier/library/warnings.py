@@ -6,6 +6,7 @@ None of it is refused: documents come in any order, and what a name leads to may
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from types import MappingProxyType
 from typing import Any
 
@@ -42,11 +43,11 @@ def _grant(grant: Grant, documents: Documents) -> Iterator[str]:
         yield "spec.suspended: nothing is begun or released under this grant"
     if grant.at_once > grant.launches:
         yield f"spec.at_once: is more than launches, which is {grant.launches}"
-    for name in sorted((grant.platforms or frozenset()) - documents.platforms.keys()):
-        yield f"spec.platforms.names: there is no platform {name}"
+    if missing := (grant.platforms or frozenset()) - documents.platforms.keys():
+        yield f"spec.platforms.names: there is no platform {_some(missing)}"
     pools = frozenset().union(*(platform.pools for platform in documents.platforms.values()))
-    for name in sorted((grant.pools or frozenset()) - pools):
-        yield f"spec.platforms.pools: no platform is in pool {name}"
+    if missing := (grant.pools or frozenset()) - pools:
+        yield f"spec.platforms.pools: no platform is in pool {_some(missing)}"
 
 
 def _platform(_platform: Document, _documents: Documents) -> Iterator[str]:
@@ -54,13 +55,12 @@ def _platform(_platform: Document, _documents: Documents) -> Iterator[str]:
 
 
 def _revocation(revocation: Revocation, documents: Documents) -> Iterator[str]:
-    for index, revoked in enumerate(revocation.workloads):
-        if revoked.name not in documents.workloads:
-            yield f"spec.workloads[{index}].name: there is no workload {revoked.name}"
+    if missing := {each.name for each in revocation.workloads} - documents.workloads.keys():
+        yield f"spec.workloads: there is no workload {_some(missing)}"
 
 
-def _some(names: frozenset[str]) -> str:
-    """The first of some names, and how many there are beside it."""
+def _some(names: AbstractSet[str]) -> str:
+    """The first of some names, and how many there are beside it: a document may hold thousands."""
     more = len(names) - 1
     return min(names) + (f" (and {more} more)" if more else "")
 

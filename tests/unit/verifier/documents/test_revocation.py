@@ -83,7 +83,8 @@ def test_each_part_is_enough_and_none_is_not(key: str, value: Any) -> None:
     [
         ({"why": None}, "spec: object missing required field `why`"),
         ({"why": " "}, "spec.why: is a reason, in words"),
-        ({"why": "x" * 1025}, "spec.why: is a reason, in words"),
+        ({"why": "x" * 1025}, "spec.why: is a reason, in words, at most 1024 bytes"),
+        ({"why": "漏" * 342}, "spec.why: is a reason, in words, at most 1024 bytes"),
         ({"chips": [CHIP]}, "spec.chips[0]: must be a chip's id: 128"),
         ({"ceks": [ID]}, "spec.ceks[0]: must be a CEK's fingerprint"),
         ({"ceks": [CHIP, CHIP]}, f"spec.ceks: {CHIP} comes twice"),

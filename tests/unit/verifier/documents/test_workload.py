@@ -125,6 +125,8 @@ def test_what_absence_would_open_is_refused(key: str, problem: str) -> None:
         ({"policy": {"minimum_api": 1.55}}, "spec.policy.minimum_api: expected `str | null`, got `float`"),
         ({"policy": {"minimum_api": "none"}}, "spec.policy.minimum_api: none needs accept_old_firmware"),
         ({"accept_old_firmware": " "}, "spec.accept_old_firmware: is a reason, in words"),
+        ({"accept_old_firmware": "w" * 1025}, "spec.accept_old_firmware: is a reason, in words, at most 1024 bytes"),
+        ({"accept_old_firmware": "漏" * 342}, "spec.accept_old_firmware: is a reason, in words, at most 1024 bytes"),
         ({"digests": ["00" * 32]}, "spec: has both measure and digests"),
         ({"secret_area": 64}, "spec.secret_area: goes with digests"),
         ({"measure": measured(vcpus=None)}, "spec.measure.vcpus: lists no number of vCPUs"),

@@ -147,7 +147,7 @@ async def test_names_that_lead_nowhere_are_warnings(owner: Owner) -> None:
         "spec.platforms.pools: no platform is in pool rack-1",
     )
     revoked = {"workloads": [{"name": "web", "versions": "any"}]}
-    assert await owner.warnings(revocation(**revoked)) == ("spec.workloads[0].name: there is no workload web",)
+    assert await owner.warnings(revocation(**revoked)) == ("spec.workloads: there is no workload web",)
     owner.rows.apply(milan(), platform())
     assert await owner.warnings(revocation(**revoked)) == ()
     assert await owner.warnings(grant(**{**spec, "at_once": 10, "suspended": False})) == ()
