@@ -82,7 +82,10 @@ class Copies:
 
     def __init__(self, row: LaunchRow, records: Sequence[ChainedRecord]) -> None:
         self._records = records
-        self.rows = [replace(row, launch_id=uuid4()) for _ in range(PAGE_MAX + 1)]
+        longest = replace(
+            row, caller=LONGEST_CALLER, workload="w" * 128, workload_version="1" * 64, grant="g" * 128, chip_id=None
+        )
+        self.rows = [replace(longest, launch_id=uuid4()) for _ in range(PAGE_MAX + 1)]
 
     async def launch(self, launch_id: UUID) -> LaunchRow | None:
         return next((each for each in self.rows if each.launch_id == launch_id), None)
