@@ -162,6 +162,7 @@ def document_message(document: Filed) -> pb.Document:
         sha256=document.sha256,
         file=document.file,
         warnings=[each[:_WARNING_LENGTH] for each in document.warnings[:_WARNINGS_MAX]],
+        newer_version=document.newer,
     )
 
 

@@ -258,6 +258,7 @@ def _document(message: pb.Document) -> Document:
         file=message.file,
         apply_time=_time(message.apply_time) if message.HasField("apply_time") else None,
         warnings=tuple(message.warnings),
+        newer_version=message.newer_version,
     )
 
 

@@ -19,6 +19,7 @@ class Document:
         file: that it is from, at the verifier; empty for one that was applied.
         apply_time: when it was applied; None for one from a file, and for one that is not on file.
         warnings: what deserves a second look.
+        newer_version: that takes its place, so that it is kept and not in force; empty where none does.
     """
 
     kind: str
@@ -29,6 +30,7 @@ class Document:
     file: str
     apply_time: datetime | None
     warnings: tuple[str, ...]
+    newer_version: str
 
     @property
     def on_file(self) -> bool:

@@ -142,7 +142,7 @@ class DocumentDesk:
 
     async def _applied_before(self, text: bytes, *, changed: bool) -> Applied:
         """The answer to a request that was carried out: the document may be withdrawn or its files gone by now."""
-        document = filed(await asyncio.to_thread(read_text, text, self._library.folder))
+        document = await self._read(text)
         return Applied(document=await self._on_file(document) or document, changed=changed)
 
     async def check(self, text: bytes) -> Applied:
@@ -157,7 +157,7 @@ class DocumentDesk:
         try:
             document, _ = await self._checked(text)
         except WrongState as error:
-            document = filed(await asyncio.to_thread(read_text, text, self._library.folder))
+            document = await self._read(text)
             warned = replace(document, warnings=(error.message, *document.warnings))
             return Applied(document=warned, changed=False)
         same = await self._on_file(document)
@@ -220,8 +220,8 @@ class DocumentDesk:
         """
         listing = Listing("ListDocuments", kind.value)
         cursor = listing.cursor(page.token)
-        entries = (await self._library.current()).entries
-        rest = sorted((each for each in entries if each.kind == kind), key=_order, reverse=True)
+        documents = await self._library.current()
+        rest = sorted((each for each in documents.entries if each.kind == kind), key=_order, reverse=True)
         rest.sort(key=lambda each: each.name)
         if cursor:
             name, _, version = cursor.partition(_CURSOR_SEPARATOR)
@@ -230,7 +230,9 @@ class DocumentDesk:
             rest = [each for each in rest if each.name > name or (each.name == name and _order(each) < order)]
         # In a thread: YAML is read again.
         items = await asyncio.to_thread(
-            fitting, map(filed, rest[: page.size]), lambda each: (each.json, *each.warnings)
+            fitting,
+            (filed(each, newer=documents.newer(each)) for each in rest[: page.size]),
+            lambda each: (each.json, *each.warnings),
         )
         more = len(items) < len(rest)
         last = f"{items[-1].name}{_CURSOR_SEPARATOR}{items[-1].version}" if more else ""
@@ -239,7 +241,13 @@ class DocumentDesk:
     async def _checked(self, text: bytes) -> tuple[Filed, int]:
         """The document that a text spells, with all that can be said of it beside what is on file at a revision."""
         checked = await check_document(self._library, text, is_json=spelled_as_json(text), has_secret=self._has_secret)
-        return replace(filed(checked.entry), warnings=checked.warnings), checked.revision
+        document = await asyncio.to_thread(filed, checked.entry, newer=checked.newer)
+        return replace(document, warnings=checked.warnings), checked.revision
+
+    async def _read(self, text: bytes) -> Filed:
+        """The document that a text spells, whether or not it could be kept."""
+        entry = await asyncio.to_thread(read_text, text, self._library.folder)
+        return filed(entry, newer=(await self._library.current()).newer(entry))
 
     async def _has_secret(self, name: str, version: int | None) -> bool:
         return await self._store.secret(name, version) is not None

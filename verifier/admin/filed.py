@@ -14,7 +14,7 @@ from verifier.documents.text import spelled_as_json
 from verifier.documents.workload import Workload, version_order
 from verifier.library.applied import read_applied
 from verifier.library.documents import Documents, Entry, supposed
-from verifier.library.warnings import warnings_for
+from verifier.library.warnings import superseded_by, warnings_for
 
 
 class Kind(StrEnum):
@@ -39,6 +39,7 @@ class Filed:
         file: that it is from; empty for one that was applied.
         apply_time: when it was applied; None for one from a file, and for one that is not on file.
         warnings: what deserves a second look.
+        newer: the version that is in force in its place; empty where none is. It is kept then and decides nothing.
     """
 
     kind: Kind
@@ -49,6 +50,7 @@ class Filed:
     file: str = ""
     apply_time: datetime | None = None
     warnings: tuple[str, ...] = ()
+    newer: str = ""
 
     @property
     def order(self) -> tuple[tuple[int, int, str], ...]:
@@ -56,16 +58,21 @@ class Filed:
         return version_order(self.version)
 
 
-def filed(entry: Entry, beside: Documents | None = None) -> Filed:
+def filed(entry: Entry, beside: Documents | None = None, *, newer: str = "") -> Filed:
     """A library's entry as its owner sees it.
 
     Args:
         entry: the version of a document.
         beside: what is on file, for the warnings about names that lead nowhere and the like; without it, none of them.
+        newer: the version that takes its place (`Documents.newer`), where `beside` does not say it.
     """
     document = entry.document
     warnings: tuple[str, ...] = ()
-    if document is not None and beside is not None:
+    if beside is not None:
+        newer = beside.newer(entry)
+    if newer:
+        warnings = superseded_by(newer)
+    elif document is not None and beside is not None:
         warnings = warnings_for(document, beside)
     elif isinstance(document, Workload):
         warnings = document.warnings
@@ -80,6 +87,7 @@ def filed(entry: Entry, beside: Documents | None = None) -> Filed:
         file=entry.file,
         apply_time=entry.apply_time,
         warnings=warnings,
+        newer=newer,
     )
 
 
@@ -97,10 +105,17 @@ def supposing(documents: Documents, entries: Sequence[Entry]) -> Documents:
     """The snapshot with these in place of all documents of their kinds and names.
 
     Raises:
-        WrongState: two platforms would be of the same chip (DOCUMENT_CONFLICT), and then nothing could be judged.
+        WrongState: one would not be in force, as a newer version is; or two platforms would be of the same chip, and
+            then nothing could be judged (DOCUMENT_CONFLICT).
     """
     changed = documents.supposing(entries)
     for entry in entries:
+        if newer := documents.newer(entry) or changed.newer(entry):
+            raise WrongState(
+                Reason.DOCUMENT_CONFLICT,
+                f"{entry.kind} {entry.name} {entry.version} would NOT be in force, {newer} is: "
+                "give it a newer metadata.version",
+            )
         for other in changed.platforms.values():
             mine = entry.document
             if isinstance(mine, KnownPlatform) and mine.fingerprint == other.fingerprint and mine.name != other.name:

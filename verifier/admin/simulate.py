@@ -128,6 +128,7 @@ class SimulateDesk:
         Raises:
             NotFound: there is no such launch.
             InvalidInput: a document is bad.
+            WrongState: a document would not be in force (DOCUMENT_CONFLICT).
             Unavailable: the store or the key service has no answer.
         """
         row = await self._store.launch(launch_id)
@@ -148,6 +149,7 @@ class SimulateDesk:
 
         Raises:
             InvalidInput: a document is bad, or the chain is none.
+            WrongState: a document would not be in force (DOCUMENT_CONFLICT).
             Unavailable: the store or the key service has no answer.
         """
         return await self._judge(supposed_case(launch, firmware), texts)

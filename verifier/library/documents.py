@@ -165,6 +165,19 @@ class Documents:
         """All versions of a document, newest first."""
         return tuple(each for each in self.entries if (each.kind, each.name) == (kind, name))
 
+    def newer(self, entry: Entry) -> str:
+        """The version that takes the place of this one, on file or not; empty where none does.
+
+        Also one that cannot be read: an older version is not put in its stead.
+        """
+        newest = self._newest.get((entry.kind, entry.name), entry.version)
+        return newest if version_order(newest) > version_order(entry.version) else ""
+
+    @cached_property
+    def _newest(self) -> Mapping[tuple[str, str], str]:
+        # Of one name, the newest comes first.
+        return {(each.kind, each.name): each.version for each in reversed(self.entries)}
+
     def supposing(self, entries: Iterable[Entry]) -> Documents:
         """The snapshot as it would be with these in place of all documents of their kinds and names."""
         supposed = tuple(entries)

@@ -17,7 +17,7 @@ from verifier.library.applied import read_applied
 from verifier.library.artefacts import stamp
 from verifier.library.documents import Documents, Entry, supposed
 from verifier.library.prepared import Prepared
-from verifier.library.warnings import warnings_for
+from verifier.library.warnings import superseded_by, warnings_for
 
 HasSecret = Callable[[str, int | None], Awaitable[bool]]
 
@@ -51,11 +51,13 @@ class Checked:
         entry: the document, not on file yet.
         revision: of the documents that it was looked at beside.
         warnings: what deserves a second look.
+        newer: the version that would stay in force in its place; empty where none would.
     """
 
     entry: Entry
     revision: int
     warnings: tuple[str, ...]
+    newer: str = ""
 
 
 async def check_document(library: DocumentLibrary, text: bytes, *, is_json: bool, has_secret: HasSecret) -> Checked:
@@ -76,19 +78,17 @@ async def check_document(library: DocumentLibrary, text: bytes, *, is_json: bool
     documents = await library.current()
     document = await asyncio.to_thread(read_applied, text, is_json=is_json, folder=library.folder)
     entry = supposed(document, text, is_json=is_json)
-    warnings: list[str] = []
     _require_free(entry, documents)
+    secrets: list[str] = []
     if isinstance(document, Workload):
         prepared = await library.prepared(document)
         if prepared.unusable is not None:
             raise InvalidDocument(f"spec.measure: {prepared.unusable}")
-        warnings += await _secrets(document, has_secret)
+        secrets = await _secrets(document, has_secret)
+    if newer := documents.newer(entry):
+        return Checked(entry=entry, revision=documents.revision, warnings=superseded_by(newer), newer=newer)
     beside = documents.supposing([*documents.versions(entry.kind, entry.name), entry])
-    newest = beside.versions(entry.kind, entry.name)[0]
-    if newest.version != entry.version:
-        warnings.append(f"metadata.version: {newest.version} is newer and stays in force")
-    warnings += warnings_for(document, beside)
-    return Checked(entry=entry, revision=documents.revision, warnings=tuple(warnings))
+    return Checked(entry=entry, revision=documents.revision, warnings=(*secrets, *warnings_for(document, beside)))
 
 
 def _require_free(entry: Entry, documents: Documents) -> None:

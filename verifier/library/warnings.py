@@ -1,6 +1,7 @@
 """What deserves a second look in a document beside the others: names that lead nowhere, and authority that nobody has.
 
-None of it is refused: documents come in any order, and what a name leads to may follow.
+None of it is refused: documents come in any order, and what a name leads to may follow. Of a version that is not in
+force nothing is said but that: whatever it says, it does not happen.
 """
 
 from __future__ import annotations
@@ -18,8 +19,13 @@ from verifier.library.documents import Documents
 
 
 def warnings_for(document: Document, documents: Documents) -> tuple[str, ...]:
-    """The warnings for one document, each with its path, given all that is on file."""
+    """The warnings for one document that is in force, each with its path, given all that is on file."""
     return tuple(_WARN[kind_of(document)](document, documents))
+
+
+def superseded_by(newer: str) -> tuple[str, ...]:
+    """The warnings for a version in whose place a newer one is in force."""
+    return (f"metadata.version: {newer} is newer and stays in force",)
 
 
 def _workload(workload: Workload, documents: Documents) -> Iterator[str]:

@@ -40,11 +40,14 @@ def add_apply(parser: argparse.ArgumentParser) -> None:
     """The command line of `apply`."""
     _add_files(parser)
     parser.add_argument("--dry-run", action="store_true", help="check the documents and change nothing")
+    parser.add_argument(
+        "--allow-older", action="store_true", help="also keep versions that are not in force, as a newer one is"
+    )
     parser.add_argument("--json", action="store_true", help="print a JSON array instead of lines")
 
 
 def run_apply(args: argparse.Namespace) -> int:
-    """Apply each file, once all of them were checked."""
+    """Apply each file, once all of them were checked; 1 where one of them is not in force then."""
     texts = {name: read_document(name) for name in dict.fromkeys(args.files)}
 
     async def work(admin: VerifierAdmin) -> int:
@@ -63,8 +66,9 @@ def run_apply(args: argparse.Namespace) -> int:
                 print(as_json(applied))
         if args.dry_run and not args.json:
             for each in applied:
-                _say_applied(each, "would be applied" if each.changed else "would stay as it is")
-        return 0
+                _say_applied(each, dry_run=True)
+        unforced = any(each.document.newer_version for each in applied)
+        return 1 if unforced and not args.allow_older else 0
 
     return connected(args, work)
 
@@ -85,15 +89,23 @@ async def _applied(admin: VerifierAdmin, name: str, text: str, *, as_lines: bool
     except SevattestError as error:
         raise about(name, error) from error
     if as_lines:
-        _say_applied(applied, "applied" if applied.changed else "unchanged")
+        _say_applied(applied, dry_run=False)
     return applied
 
 
-def _say_applied(applied: Applied, what: str) -> None:
+def _say_applied(applied: Applied, *, dry_run: bool) -> None:
     document = applied.document
-    print(f"{document.kind} {document.name} {document.version}: {what}", flush=True)
+    if applied.changed:
+        what = f"{'would be ' if dry_run else ''}{'kept' if document.newer_version else 'applied'}"
+    else:
+        what = "would stay as it is" if dry_run else "unchanged"
+    print(f"{document.kind} {document.name} {document.version}: {what}{_not_in_force(document)}", flush=True)
     for warning in document.warnings:
         print(f"warning: {clean(warning)}", file=sys.stderr)
+
+
+def _not_in_force(document: Document) -> str:
+    return f", NOT in force: {document.newer_version} is" if document.newer_version else ""
 
 
 def add_get(parser: argparse.ArgumentParser) -> None:
@@ -245,6 +257,8 @@ def run_diff(args: argparse.Namespace) -> int:
             _print_lines(lines)
             if lines and given.conflict is not None:
                 complain("sevattest", clean(given.conflict))
+            elif lines and given.document.newer_version:
+                complain("sevattest", f"{name}: would be kept{_not_in_force(given.document)}")
         return 1 if differs else 0
 
     return connected(args, work)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.cli.transcripts import Said
 from tests.support.documents import grant, revocation
 from tests.support.local_admin import LocalAdmin, local_admin
 from tests.support.owner_site import text
@@ -43,6 +44,46 @@ def test_the_same_file_twice_on_purpose_is_two_requests(admin: LocalAdmin, file:
         "grant fleet 1: unchanged\n",
     ]
     assert len(set(ids(admin, "ApplyDocument"))) == 2
+
+
+def test_a_version_that_is_not_in_force_is_said_to_be_and_ends_with_1(admin: LocalAdmin, tmp_path: Path) -> None:
+    def file(version: str, **changes: object) -> Path:
+        path = tmp_path / f"{version}.json"
+        path.write_bytes(text(grant("fleet", version, **changes)))
+        return path
+
+    newest, stop = file("10"), file("9", suspended=True)
+    warning = "warning: metadata.version: 10 is newer and stays in force\n"
+    assert admin.run("apply", "-f", newest).code == 0
+    told = "grant fleet 9: would be kept, NOT in force: 10 is\n"
+    assert admin.run("apply", "--dry-run", "-f", stop) == Said(out=told, err=warning, code=1)
+    diff = admin.run("diff", "-f", stop)
+    assert (diff.err, diff.code) == (f"sevattest: {stop}: would be kept, NOT in force: 10 is\n", 1)
+    told = "grant fleet 9: kept, NOT in force: 10 is\n"
+    assert admin.run("apply", "-f", stop) == Said(out=told, err=warning, code=1)
+    told = "grant fleet 9: unchanged, NOT in force: 10 is\n"
+    assert admin.run("apply", "-f", stop) == Said(out=told, err=warning, code=1)
+    # What is meant is no failure; the words are the same.
+    assert admin.run("apply", "--allow-older", "-f", stop, newest) == Said(
+        out=f"{told}grant fleet 10: unchanged\n", err=warning, code=0
+    )
+    [shown] = json.loads(admin.run("apply", "--json", "-f", stop).out)
+    assert shown["document"]["newer_version"] == "10"
+
+
+def test_one_version_that_is_not_in_force_leaves_none_of_the_others_out(admin: LocalAdmin, tmp_path: Path) -> None:
+    files = []
+    for version in ("10", "9", "11"):
+        files.append(tmp_path / f"{version}.json")
+        files[-1].write_bytes(text(grant("fleet", version)))
+    said = admin.run("apply", "-f", *files)
+    assert (said.out.splitlines(), said.code) == (
+        ["grant fleet 10: applied", "grant fleet 9: kept, NOT in force: 10 is", "grant fleet 11: applied"],
+        1,
+    )
+    # In the order of their versions each is in force when it is applied.
+    assert admin.run("delete", "grant", "fleet").code == 0
+    assert admin.run("apply", "-f", *sorted(files, key=lambda each: int(each.stem))).code == 0
 
 
 def test_a_secret_whose_answer_is_lost_gets_one_version(admin: LocalAdmin, tmp_path: Path) -> None:

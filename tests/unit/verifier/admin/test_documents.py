@@ -222,6 +222,34 @@ async def test_versions_are_shown_newest_first_and_compare_naturally(site: Owner
     assert isinstance(await refused(site.owner.documents.get(Kind.GRANT, "fleet", "3")), NotFound)
 
 
+async def test_a_kill_switch_under_an_older_version_is_never_said_to_work(site: OwnerSite) -> None:
+    await site.apply(grant("fleet", "10"))
+    request_id = uuid4()
+    stop = grant("fleet", "9", suspended=True)
+    told = ("10", ("metadata.version: 10 is newer and stays in force",))
+    checked = (await site.owner.documents.check(text(stop))).document
+    first, again = await site.apply(stop, request_id), await site.apply(stop, request_id)
+    unchanged = await site.apply(stop)
+    got = await site.owner.documents.get(Kind.GRANT, "fleet", "9")
+    [newest, listed] = (await site.owner.documents.list(Kind.GRANT, PAGE)).items
+    other = (await site.owner.documents.check(text(grant("fleet", "9")))).document
+    assert (first.changed, unchanged.changed) == (True, False)
+    shown = (checked, first.document, again.document, unchanged.document, got, listed)
+    assert [(each.newer, each.warnings) for each in shown] == [told] * 6
+    assert other.newer == "10"
+    assert "on file with another text" in other.warnings[0]
+    assert (newest.version, newest.newer) == ("10", "")
+    await site.desk.begin(caller=STRANGER)
+    # The same under a newer version does what it says.
+    applied = (await site.apply(grant("fleet", "11", suspended=True))).document
+    assert (applied.newer, applied.warnings) == (
+        "",
+        ("spec.suspended: nothing is begun or released under this grant",),
+    )
+    assert (await refused(site.desk.begin(caller=STRANGER))).reason is Reason.GRANT_SUSPENDED
+    assert (await site.owner.documents.get(Kind.GRANT, "fleet", "10")).newer == "11"
+
+
 async def test_pages_hold_every_document_once(site: OwnerSite) -> None:
     for name in ("b", "a", "c"):
         for version in ("1", "10"):

@@ -8,7 +8,7 @@ from uuid import uuid4
 
 import pytest
 
-from common.errors import InvalidInput, NotFound
+from common.errors import InvalidInput, NotFound, Reason, WrongState
 from common.sev.errors import ParseError
 from common.sev.measurement import FirmwareVersion
 from tests.support.chains import fresh_ca, make_platform
@@ -69,6 +69,22 @@ async def test_a_changed_document_is_held_against_the_past(site: OwnerSite) -> N
     ):
         judgement = await site.owner.simulate.past(launch_id, [text(content)])
         assert rules(judgement) == expected, content
+
+
+async def test_a_version_that_would_not_be_in_force_is_not_simulated_as_if_it_were(site: OwnerSite) -> None:
+    await site.apply(grant("fleet", "10"))
+    case = supposed(site, caller=STRANGER)
+    stop = text(grant("fleet", "9", suspended=True))
+    error = await refused(site.owner.simulate.supposed(case, [stop], FIRMWARE))
+    assert isinstance(error, WrongState)
+    assert error.reason is Reason.DOCUMENT_CONFLICT
+    assert "Grant fleet 9 would NOT be in force, 10 is" in error.message
+    both = [text(grant("other", "2")), text(grant("other", "1"))]
+    error = await refused(site.owner.simulate.supposed(case, both, FIRMWARE))
+    assert "Grant other 1 would NOT be in force, 2 is" in error.message
+    for version in ("10", "11"):
+        judgement = await site.owner.simulate.supposed(case, [text(grant("fleet", version, suspended=True))], FIRMWARE)
+        assert rules(judgement) == ["grant.suspended"]
 
 
 async def test_simulating_changes_nothing(site: OwnerSite) -> None:

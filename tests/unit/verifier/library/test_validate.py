@@ -17,6 +17,7 @@ from tests.support.documents import (
     grant,
     platform,
     revocation,
+    row,
     workload,
     write_artefacts,
     write_document,
@@ -133,8 +134,19 @@ async def test_two_platforms_have_two_chips(owner: Owner) -> None:
 
 async def test_an_older_version_stays_out_of_force_and_a_warning_says_so(owner: Owner) -> None:
     owner.rows.apply(milan("web", "2"), grant("fleet", "2"))
-    assert await owner.warnings(grant("fleet", "1")) == ("metadata.version: 2 is newer and stays in force",)
-    assert await owner.warnings(grant("fleet", "3")) == ()
+    # Whatever it would do in force, and whatever is amiss with it: it does nothing.
+    lost = [{"guid": str(SECRET_GUID), "source": {"stored": "nothing"}}]
+    for older in (grant("fleet", "1", suspended=True), milan("web", "1", policy={"allow": ["debug"]}, secrets=lost)):
+        checked = await owner.check(older)
+        assert (checked.newer, checked.warnings) == ("2", ("metadata.version: 2 is newer and stays in force",))
+    checked = await owner.check(grant("fleet", "3", suspended=True))
+    assert checked.newer == ""
+    assert checked.warnings == ("spec.suspended: nothing is begun or released under this grant",)
+
+
+async def test_a_newer_version_that_cannot_be_read_keeps_an_older_one_out_of_force(owner: Owner) -> None:
+    owner.rows.put(row(grant("fleet", "10"), text=b'{"kind": "Grant", "colour": "red"}'))
+    assert (await owner.check(grant("fleet", "9"))).newer == "10"
 
 
 async def test_names_that_lead_nowhere_are_warnings(owner: Owner) -> None:
