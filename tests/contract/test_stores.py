@@ -222,6 +222,14 @@ async def test_launches_are_listed_newest_first_in_pages_that_neither_skip_nor_r
         paged += page
         before = page[-1].launch_id
     assert paged == newest_first
+    behind = [await store.launch_behind(None, count) for count in range(1, 9)]
+    assert behind == [*(each.launch_id for each in newest_first), None]
+    third, fifth = newest_first[2].launch_id, newest_first[4].launch_id
+    assert await store.launch_behind(third, 2) == fifth
+    assert await store.launches(LaunchFilter(), before=third, until=fifth, limit=9) == newest_first[3:5]
+    of_a_caller = await store.launches(LaunchFilter(caller="c0"), before=None, until=fifth, limit=9)
+    assert of_a_caller == [each for each in newest_first[:5] if each.caller == "c0"]
+    assert await store.launches(LaunchFilter(state="released"), before=None, until=fifth, limit=9) == []
     assert await store.launches(LaunchFilter(), before=uuid4(), limit=10) == []
 
 

@@ -53,7 +53,7 @@ class ImpactDesk:
         # Not every host told its chip's id.
         revocation = replace(revocation, ceks=revocation.ceks | self._denied.fingerprints(revocation.chips))
         listing = Listing("ListRevocationImpact", name, hashlib.sha256(text).hexdigest())
-        rows, more = await page_of_rows(self._store, LaunchFilter(), listing.uuid(page.token), LOOKED_AT)
+        rows, last = await page_of_rows(self._store, LaunchFilter(), listing.uuid(page.token), LOOKED_AT)
         touched: list[OwnedLaunch] = []
         for row in rows:
             if (finding := impact(revocation, row)) is not None:
@@ -61,8 +61,8 @@ class ImpactDesk:
                 touched.append(owned(row, {}, found, chip=self._pseudonym(row.fingerprint)))
         items = fitting(touched[: page.size], lambda each: each.texts)
         if len(items) < len(touched):
-            return Page(items=items, next_token=listing.token(str(items[-1].launch.launch_id)))
-        return Page(items=items, next_token=listing.token(str(rows[-1].launch_id)) if more else "")
+            last = items[-1].launch.launch_id
+        return Page(items=items, next_token="" if last is None else listing.token(str(last)))
 
     async def _revocation(self, text: bytes, name: str) -> Revocation:
         if not text:

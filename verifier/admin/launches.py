@@ -16,6 +16,8 @@ from verifier.launches.state import State
 from verifier.launches.steps import unknown_launch
 from verifier.store.rows import AuditRow, ChainedRecord, LaunchFilter, LaunchRow
 
+# Launches that one page looks at, so that a filter that fits none holds nobody up: some milliseconds of a database.
+_LOOKED_AT = 2000
 _RECORDS = 100  # read at once while one launch's record is looked for
 
 
@@ -69,8 +71,14 @@ class LaunchStore(Protocol):
         """One launch."""
         ...
 
-    async def launches(self, which: LaunchFilter, *, before: UUID | None, limit: int) -> Sequence[LaunchRow]:
+    async def launches(
+        self, which: LaunchFilter, *, before: UUID | None, limit: int, until: UUID | None = None
+    ) -> Sequence[LaunchRow]:
         """Launches, newest first."""
+        ...
+
+    async def launch_behind(self, before: UUID | None, count: int) -> UUID | None:
+        """The launch that is number `count` after another."""
         ...
 
     async def records(self, launch_id: UUID | None, *, after: int, limit: int) -> Sequence[ChainedRecord]:
@@ -99,17 +107,18 @@ class LaunchDesk:
         return await self._owned(row)
 
     async def list(self, which: LaunchFilter, page: PageRequest) -> Page[OwnedLaunch]:
-        """Launches, newest first.
+        """Launches, newest first; a page may be empty and not the last.
 
         Raises:
             InvalidInput: the page token is none of this listing.
             Unavailable: the store has no answer.
         """
         listing = Listing("ListLaunches", which.workload, which.state, which.caller, which.grant)
-        rows, more = await page_of_rows(self._store, which, listing.uuid(page.token), page.size)
+        rows, last = await page_of_rows(self._store, which, listing.uuid(page.token), page.size)
         items = fitting([await self._owned(row) for row in rows], lambda each: each.texts)
-        more = more or len(items) < len(rows)
-        return Page(items=items, next_token=listing.token(str(items[-1].launch.launch_id)) if more else "")
+        if len(items) < len(rows):
+            last = items[-1].launch.launch_id
+        return Page(items=items, next_token="" if last is None else listing.token(str(last)))
 
     async def _owned(self, row: LaunchRow) -> OwnedLaunch:
         # The others' records say nothing that the row does not.
@@ -146,13 +155,14 @@ def owned(row: LaunchRow, body: dict[str, Any], findings: Sequence[Found] | None
 
 async def page_of_rows(
     store: LaunchStore, which: LaunchFilter, before: UUID | None, limit: int
-) -> tuple[Sequence[LaunchRow], bool]:
-    """Launches after the launch `before`, and whether there are more.
+) -> tuple[Sequence[LaunchRow], UUID | None]:
+    """Launches after the launch `before`, and the last that was looked at; None where nothing is behind it.
 
     Raises:
         InvalidInput: `before` is no launch.
     """
     if before is not None and await store.launch(before) is None:
         raise unusable_token()
-    rows = await store.launches(which, before=before, limit=limit + 1)
-    return rows[:limit], len(rows) > limit
+    until = await store.launch_behind(before, _LOOKED_AT)
+    rows = await store.launches(which, before=before, until=until, limit=limit + 1)
+    return (rows[:limit], rows[limit - 1].launch_id) if len(rows) > limit else (rows, until)

@@ -106,8 +106,19 @@ class Store(Protocol):
         """How many launches are open, those among them whose time ran out and that nobody has looked at since."""
         ...
 
-    async def launches(self, which: LaunchFilter, *, before: UUID | None, limit: int) -> Sequence[LaunchRow]:
-        """Launches, newest first; a page after the launch `before`."""
+    async def launches(
+        self, which: LaunchFilter, *, before: UUID | None, limit: int, until: UUID | None = None
+    ) -> Sequence[LaunchRow]:
+        """Launches, newest first; a page after the launch `before`, up to and with the launch `until`."""
+        ...
+
+    async def launch_behind(self, before: UUID | None, count: int) -> UUID | None:
+        """The launch that is number `count` after the launch `before`, newest first; None where there are fewer.
+
+        Args:
+            before: a launch; None counts from the newest.
+            count: 1 or more.
+        """
         ...
 
     async def ledger(self, grant: str) -> LedgerRow:

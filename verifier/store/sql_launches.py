@@ -25,6 +25,7 @@ from verifier.store.sql_common import Decided, OverEngine, append, locked_revisi
 from verifier.store.sql_rows import LAUNCH_COLUMNS, firmware_text, key_cells, launch_of, stamp, time_of
 
 _SHARED_MAX = 10_000  # ids of 32 bytes that are remembered
+_PLACE = "(SELECT create_time, launch_id FROM launch WHERE launch_id=?)"  # of a launch in the order of listing
 _FOREVER = 2**63 - 1  # the latest time that can be stored
 _UNSPENT = LedgerRow()
 # What every decision begins with, and the same with a grant's ledger: who spends none does not pay for it.
@@ -133,16 +134,18 @@ class Launches(OverEngine):
         row = await self._row("SELECT count(*) FROM launch WHERE state='open'")
         return 0 if row is None else int(row[0])
 
-    async def launches(self, which: LaunchFilter, *, before: UUID | None, limit: int) -> Sequence[LaunchRow]:
+    async def launches(
+        self, which: LaunchFilter, *, before: UUID | None, limit: int, until: UUID | None = None
+    ) -> Sequence[LaunchRow]:
         """See `Store`."""
         wanted = {
             "workload=?": which.workload,
-            "state=?": which.state,
+            # No index by state would serve: all launches of a state, most of them released, would be sorted by age.
+            "(state || '')=?": which.state,
             "caller=?": which.caller,
             "grant_name=?": which.grant,
-            "(create_time, launch_id) < (SELECT create_time, launch_id FROM launch WHERE launch_id=?)": (
-                None if before is None else str(before)
-            ),
+            f"(create_time, launch_id) < {_PLACE}": None if before is None else str(before),
+            f"(create_time, launch_id) >= {_PLACE}": None if until is None else str(until),
         }
         asked = {condition: value for condition, value in wanted.items() if value is not None}
         where = f"WHERE {' AND '.join(asked)}" if asked else ""
@@ -152,6 +155,16 @@ class Launches(OverEngine):
             limit,
         )
         return [launch_of(row) for row in rows]
+
+    async def launch_behind(self, before: UUID | None, count: int) -> UUID | None:
+        """See `Store`."""
+        where = "" if before is None else f"WHERE (create_time, launch_id) < {_PLACE}"
+        row = await self._row(
+            f"SELECT launch_id FROM launch {where} ORDER BY create_time DESC, launch_id DESC LIMIT 1 OFFSET ?",  # noqa: S608 -- constants
+            *(() if before is None else (str(before),)),
+            count - 1,
+        )
+        return None if row is None else UUID(row[0])
 
     async def ledger(self, grant: str) -> LedgerRow:
         """See `Store`."""

@@ -90,9 +90,15 @@ class Copies:
     async def launch(self, launch_id: UUID) -> LaunchRow | None:
         return next((each for each in self.rows if each.launch_id == launch_id), None)
 
-    async def launches(self, _which: LaunchFilter, *, before: UUID | None, limit: int) -> Sequence[LaunchRow]:
+    async def launches(
+        self, _which: LaunchFilter, *, before: UUID | None, limit: int, until: UUID | None = None
+    ) -> Sequence[LaunchRow]:
+        assert until is None
         start = 0 if before is None else [each.launch_id for each in self.rows].index(before) + 1
         return self.rows[start : start + limit]
+
+    async def launch_behind(self, _before: UUID | None, _count: int) -> UUID | None:
+        return None
 
     async def records(self, _launch_id: UUID | None, *, after: int, limit: int) -> Sequence[ChainedRecord]:
         return [each for each in self._records if each.number > after][:limit]

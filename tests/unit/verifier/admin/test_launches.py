@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 from pathlib import Path
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import msgspec
 import pytest
@@ -88,6 +88,26 @@ async def test_filters_leave_the_others_out(site: OwnerSite) -> None:
     ):
         page = await site.owner.launches.list(which, PAGE)
         assert [each.launch.launch_id for each in page.items] == expected
+
+
+async def test_a_page_looks_at_so_many_launches_and_the_listing_goes_on_behind_them(
+    site: OwnerSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("verifier.admin.launches._LOOKED_AT", 3)
+    await site.apply(grant(at_once=10))
+    begun = []
+    for index in range(8):
+        caller = STRANGER if index in {0, 1, 7} else CALLER
+        begun.append((await site.desk.begin(caller=caller)).launch.launch_id)
+        site.desk.clock.advance(timedelta(seconds=1))
+    pages: list[list[UUID]] = []
+    token = ""
+    while not pages or token:
+        page = await site.owner.launches.list(LaunchFilter(caller=STRANGER), PageRequest(size=2, token=token))
+        pages.append([each.launch.launch_id for each in page.items])
+        token = page.next_token
+    assert pages == [[begun[7]], [], [begun[1], begun[0]]]
+    assert (await site.owner.launches.list(LaunchFilter(caller="spiffe://a/orchestrator/b"), PAGE)).items == []
 
 
 async def test_a_token_of_another_listing_is_refused(site: OwnerSite) -> None:
