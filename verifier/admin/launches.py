@@ -17,7 +17,7 @@ from verifier.launches.steps import unknown_launch
 from verifier.store.rows import AuditRow, ChainedRecord, LaunchFilter, LaunchRow
 
 # Launches that one page looks at, so that a filter that fits none holds nobody up: some milliseconds of a database.
-_LOOKED_AT = 2000
+_LOOKED_AT = 1000
 _RECORDS = 100  # read at once while one launch's record is looked for
 
 
