@@ -88,6 +88,8 @@ class Reason(StrEnum):
     KEY_UNAVAILABLE = "KEY_UNAVAILABLE"
     DOCUMENT_CONFLICT = "DOCUMENT_CONFLICT"
     TOO_MANY_REFUSALS = "TOO_MANY_REFUSALS"
+    DOCUMENTS_NOT_SEALED = "DOCUMENTS_NOT_SEALED"
+    LAUNCH_ALTERED = "LAUNCH_ALTERED"
 
 
 class SevattestError(Exception):
@@ -202,6 +204,7 @@ class WrongState(SevattestError):
             Reason.PACKET_DIFFERS,
             Reason.CLOCK_SKEW,
             Reason.DOCUMENT_CONFLICT,
+            Reason.LAUNCH_ALTERED,
         }
     )
     exit_code = 1
@@ -232,6 +235,7 @@ class Unavailable(SevattestError):
             Reason.STORE_UNAVAILABLE,
             Reason.PLATFORM_UNAVAILABLE,
             Reason.KEY_UNAVAILABLE,
+            Reason.DOCUMENTS_NOT_SEALED,
         }
     )
 
@@ -262,8 +266,8 @@ LEAVES: tuple[type[SevattestError], ...] = (
 )
 CLASS_OF: dict[Reason, type[SevattestError]] = {reason: leaf for leaf in LEAVES for reason in leaf.reasons}
 
-# The platform changed under the launch or the machine ended: not a verdict, although the state is wrong.
-_FAILURES = frozenset({Reason.SESSION_STALE, Reason.GUEST_GONE, Reason.CLOCK_SKEW})
+# Something changed under the launch or the machine ended: not a verdict, although the state is wrong.
+_FAILURES = frozenset({Reason.SESSION_STALE, Reason.GUEST_GONE, Reason.CLOCK_SKEW, Reason.LAUNCH_ALTERED})
 
 
 def exit_code(error: SevattestError) -> int:

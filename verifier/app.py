@@ -20,7 +20,7 @@ from pathlib import Path
 from uuid import UUID
 
 from common.clock import Clock, SystemClock
-from common.errors import InvalidInput, Reason, SevattestError
+from common.errors import InvalidInput, Reason, SevattestError, Unavailable
 from common.ids import ordered_uuid
 from common.rpc.server import Limits, Server
 from common.telemetry.endpoint import Endpoint
@@ -31,7 +31,7 @@ from verifier.admin.desks import owner_desks
 from verifier.appraisal.revoked import join
 from verifier.config import AdminConfig, Config, load_config, until_restart
 from verifier.keys.base import SealingKey
-from verifier.keys.identities import load_identities
+from verifier.keys.identities import Identities, load_identities
 from verifier.keys.keyring import Keyring
 from verifier.keys.rewrap import Rewrap
 from verifier.launches.allowances import Allowances
@@ -44,6 +44,7 @@ from verifier.launches.reports import ReportVerifier
 from verifier.launches.timekeeper import Timekeeper
 from verifier.library.documents import Documents
 from verifier.library.library import Library
+from verifier.library.sealed import DocumentSeal
 from verifier.readings import Readings
 
 GRACE_S = 15.0
@@ -116,7 +117,6 @@ class App:
         self._denied = DenyList()
         self._unasked: frozenset[str] = frozenset()  # denied by their ids, and the key service was not asked yet
         self._store = parts.make_store(self._config, surroundings.on_step)
-        self._library = Library(self._config.documents, self._store, log, before=self._renew_denied)
         self._service = parts.make_key_service(self._config, self._roots)
         self._metrics = None if self._config.metrics is None else Endpoint(self._config.metrics, log)
         self._meter = UNMEASURED if self._metrics is None else self._metrics.meter
@@ -126,6 +126,9 @@ class App:
         self._checkpoints: chores.Checkpoints | None = None
         self._chores: set[asyncio.Task[None]] = set()
         self._refreshers: dict[bytes, asyncio.Task[None]] = {}
+        self._seal: DocumentSeal  # these two from the start on: the seal's key is in the store
+        self._library: Library
+        self._started = asyncio.Event()
 
     async def start(self) -> Addresses:
         """Open everything and serve.
@@ -139,8 +142,10 @@ class App:
         try:
             for key in parts.token_keys(self._keys):
                 await key.refresh()
-            await self._library.load()
             await self._require_keys(self._keyring.key_ids)
+            identities = await load_identities(self._store, self._keyring, self._world.random, self._log)
+            self._seal = DocumentSeal(identities.documents.tag)
+            sealed = await self._load()
             self._server = Server(
                 listen=config.listen,
                 tls=config.server_tls(),
@@ -150,7 +155,7 @@ class App:
                 clock=self._world.clock,
                 meter=self._meter,
             )
-            dependencies = await self._dependencies(self._server)
+            dependencies = self._dependencies(self._server, identities)
             broker = Broker(dependencies)
             service.add_to(
                 self._server,
@@ -165,8 +170,21 @@ class App:
             raise
         addresses = Addresses(launches=launches, admin=admin)
         self._banner(addresses)
+        self._ready("documents", ready=sealed)
         self._spawn_chores(broker, dependencies)
+        self._started.set()
         return addresses
+
+    async def _load(self) -> bool:
+        """Read all documents; False where the store's are not as they were sealed: then only owners get answers."""
+        self._library = Library(self._config.documents, self._store, self._seal, self._log, before=self._renew_denied)
+        try:
+            await self._library.load()
+        except Unavailable as error:
+            if error.reason is not Reason.DOCUMENTS_NOT_SEALED:
+                raise
+            return False
+        return True
 
     async def _start_admin(self, admin: AdminConfig, dependencies: Dependencies) -> str:
         self._admin = Server(
@@ -199,9 +217,8 @@ class App:
                 hint="name that key file in older_key_files; it is needed until everything is sealed under the new one",
             )
 
-    async def _dependencies(self, server: Server) -> Dependencies:
+    def _dependencies(self, server: Server, identities: Identities) -> Dependencies:
         world, config = self._world, self._config
-        identities = await load_identities(self._store, self._keyring, world.random, self._log)
 
         def new_id() -> UUID:
             return ordered_uuid(time.time_ns(), world.random(8))
@@ -214,6 +231,7 @@ class App:
             sealing=self._keyring,
             signer=identities.signer,
             pseudonyms=identities.pseudonyms,
+            seal=self._seal,
             issuer=str(server.identity),
             secrets=parts.make_secrets(config, self._store, self._keyring, world.random, self._log),
             time=Timekeeper(world.clock, self._store.last_time),
@@ -242,7 +260,7 @@ class App:
                 time=dependencies.time,
                 sealing=dependencies.sealing,
                 checkpoints=self._checkpoints,
-                renew=self._library.current,
+                documents=self._library.look,
                 interval=self._config.limits.sweep_interval,
                 ready=self._ready,
                 log=log,
@@ -322,6 +340,7 @@ class App:
 
     async def reload(self) -> None:
         """Read configuration and documents again, each for itself; what is bad changes nothing and is logged."""
+        await self._started.wait()
         good = await self._reload_config()
         try:
             await self._library.load()
@@ -330,7 +349,7 @@ class App:
             self._log.error("documents.refused", problems=list(error.sentences))
         try:
             # What is under way may have been judged by the files and the deny-list of before: it is judged again.
-            await self._store.revise()
+            await self._store.revise(self._seal)
         except SevattestError as error:
             good = False
             self._log.error("store.unavailable", error=error)

@@ -12,7 +12,7 @@ from datetime import datetime
 from typing import NoReturn
 
 from common.amd.kds import KeyService
-from common.audit.chain import Head, Link, broken, verify_chain
+from common.audit.chain import Head, broken, verify_chain
 from common.audit.checkpoint import checkpoint_claims
 from common.audit.jws import CHECKPOINT_TYPE
 from common.errors import SevattestError, Unavailable
@@ -27,7 +27,7 @@ from verifier.launches.platforms import DenyList
 from verifier.launches.release import REPEATS
 from verifier.launches.timekeeper import Timekeeper
 from verifier.store.base import Store
-from verifier.store.rows import ChainedRecord, Checkpoint
+from verifier.store.rows import Checkpoint
 
 # A key service that did not answer is asked again for the deny-list's chips after this time.
 _RESOLVE_AGAIN_S = 600.0
@@ -108,7 +108,7 @@ class Checkpoints:
         head, time, full = self.signed, self._latest, True
         while full:
             found = await self._store.records(None, after=head.number, limit=_RECORDS)
-            head, full = verify_chain(map(_link, found), head), len(found) == _RECORDS
+            head, full = verify_chain((each.link for each in found), head), len(found) == _RECORDS
             time = max([time, *(each.record.time for each in found)])
         return head, time
 
@@ -119,10 +119,6 @@ class Checkpoints:
         self.signed, self._latest, self.signed_time, self._last = head, latest, now, self._clock()
 
 
-def _link(chained: ChainedRecord) -> Link:
-    return Link(number=chained.number, hash=chained.hash, fields=chained.record.members)
-
-
 async def sweep(
     *,
     broker: Broker,
@@ -130,14 +126,15 @@ async def sweep(
     time: Timekeeper,
     sealing: SealingKey,
     checkpoints: Checkpoints,
-    renew: Callable[[], Awaitable[object]],
+    documents: Callable[[], Awaitable[object]],
     interval: float,
     ready: Callable[[str, bool], None],
     log: Log,
 ) -> NoReturn:
     """Ends launches whose time ran out, erases packets a day after release, signs the log.
 
-    Watches what no launch goes on without, too: the store, the clock, the sealing key, a log that is the one it signed.
+    Watches what no launch goes on without, too: the store, the clock, the sealing key, a log that is the one it signed,
+    documents that are as they were sealed (`documents` reads them again).
     """
 
     async def tend() -> None:
@@ -145,7 +142,6 @@ async def sweep(
         await store.erase_packets(await time.now() - REPEATS)
         await store.flush_erased()
         await store.check()
-        await renew()
 
     async def compare() -> None:
         ahead = await time.ahead()
@@ -161,6 +157,7 @@ async def sweep(
         ("clock", "clock.behind", compare),
         ("keys", "keys.unavailable", seal),
         ("audit", "audit.broken", checkpoints.maybe),
+        ("documents", "documents.unavailable", documents),
     )
     while True:
         for cause, event, look in watched:

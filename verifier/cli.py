@@ -1,4 +1,4 @@
-"""The `sev-verifier` command: serve, check-config, health, keygen, generated, audit.
+"""The `sev-verifier` command: serve, check-config, health, keygen, generated, documents, audit.
 
 Errors go to stderr as `sev-verifier: sentence`, hints as `hint: sentence`. Exit codes are those of `sevattest`:
 0 done, 1 refused, 2 usage or bad input, 3 something needed failed; and 5, the key token refuses the PIN.
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from common.command import Parser, run_command
+from common.command import Parser, complain, run_command
 from common.errors import InvalidInput, NotFound, Reason
 
 _PROGRAM = "sev-verifier"
@@ -54,6 +54,10 @@ def _parser() -> argparse.ArgumentParser:
     generated.add_argument("--launch", required=True, metavar="ID", help="the launch")
     generated.add_argument("--guid", metavar="GUID", help="only this secret")
     generated.add_argument("--out", type=Path, metavar="FILE", help="write the one secret, as it is, into a new file")
+    documents = add(
+        "documents", "say whether the applied documents are as they were sealed, and which are not", _documents
+    )
+    documents.add_argument("--seal", metavar="DIGEST", help="seal the documents that were shown with this digest")
     audit = add("audit", "print audit records, oldest first", _audit)
     audit.add_argument("--launch", metavar="ID", help="only those of one launch")
     audit.add_argument("--id", metavar="AUDIT-ID", help="only the one that a refusal named")
@@ -148,6 +152,46 @@ def _generated(args: argparse.Namespace) -> int:
     for line in hand_over(asyncio.run(find()), args.out):
         print(line)
     return 0
+
+
+def _documents(args: argparse.Namespace) -> int:
+    import asyncio
+
+    from common.hardening import harden_process
+    from common.telemetry.log import configure
+    from verifier.admin.sealing import review, seal_reviewed
+    from verifier.config import load_config
+    from verifier.parts import applied_documents, documents_to_seal
+
+    harden_process()
+    config, log = load_config(args.config, os.environ), configure(_PROGRAM)
+
+    async def look() -> Any:
+        async with applied_documents(config) as (store, seal):
+            return await review(store, seal)
+
+    async def seal() -> None:
+        async with documents_to_seal(config, log) as (store, seal):
+            found = await review(store, seal)
+            if found.problem is not None:
+                await seal_reviewed(store, seal, found, args.seal, log)
+
+    if args.seal is not None:
+        asyncio.run(seal())
+    found = asyncio.run(look())
+    for line in found.lines:
+        print(line)
+    if found.log_problem is not None:
+        complain(_PROGRAM, f"{found.log_problem}; what follows it was not asked about documents")
+    if found.problem is None:
+        print(f"{_PROGRAM}: sealed: revision {found.documents.revision}, {len(found.documents.rows)} documents")
+        return 0
+    complain(
+        _PROGRAM,
+        f"not sealed: {found.problem}",
+        hint=f"once each of these documents is known to be the owner's: --seal {found.digest}",
+    )
+    return 1
 
 
 def _audit(args: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ Only the composition root and the commands beside it call this. Nothing is opene
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,11 +17,14 @@ from common.private_file import read_private
 from common.sev.certs.roots import Root, named_root, pinned_roots
 from common.telemetry.log import Log
 from verifier.config import Config, StoreConfig
-from verifier.keys.base import SealingKey
+from verifier.keys.base import SealingKey, identity_place
 from verifier.keys.file import read_key_file
+from verifier.keys.identities import DOCUMENTS, load_identities
 from verifier.keys.keyring import Keyring
 from verifier.keys.pkcs11 import TokenKey, read_any_key_file, read_wrapped_key_file
+from verifier.keys.signer import DOCUMENT_KEY_SIZE, DocumentKey
 from verifier.keys.token import Pkcs11Settings
+from verifier.library.sealed import DocumentSeal
 from verifier.secrets.generated_command import GeneratedRows
 from verifier.secrets.router import Secrets
 from verifier.secrets.stored import StoredSecrets
@@ -29,7 +33,7 @@ from verifier.store.engine import no_step
 from verifier.store.postgres import PostgresStore
 from verifier.store.rows import AuditRow, ChainedRecord
 from verifier.store.sql_store import SqlStore
-from verifier.store.sqlite import SqliteReader, SqliteStore, read_audit
+from verifier.store.sqlite import SqliteReading, SqliteStore, read_audit
 from verifier.store.sqlite_file import FILE_NAME
 
 _PAGE = 500  # records
@@ -142,26 +146,64 @@ async def beside(config: Config) -> AsyncIterator[tuple[GeneratedRows, Keyring]]
         InvalidInput: INVALID_CONFIGURATION.
         Unavailable: the store or the token has no answer.
     """
-    keys = sealing_keys(config)
-    for key in token_keys(keys):
-        await key.refresh()
-    keyring = Keyring(keys[0], keys[1:])
-    if config.store is None:
-        yield SqliteReader(config.folder), keyring
-        return
-    async with _reading(config.store) as store:
+    keyring = await _keyring(config)
+    async with _reading(config) as store:
         yield store, keyring
 
 
 @asynccontextmanager
-async def _reading(config: StoreConfig) -> AsyncIterator[PostgresStore]:
-    """The store that replicas share, as it is: nothing is made in it, and no schema brought forward."""
-    store = _postgres(config)
+async def _reading(config: Config) -> AsyncIterator[SqlStore]:
+    """The store as it is, beside who serves: nothing is made in it, and no schema brought forward."""
+    if config.store is None:
+        yield SqlStore(SqliteReading(config.folder))
+        return
+    store = _postgres(config.store)
     try:
         await store.open_to_read()
         yield store
     finally:
         await store.close()
+
+
+@asynccontextmanager
+async def applied_documents(config: Config) -> AsyncIterator[tuple[SqlStore, DocumentSeal]]:
+    """The store and the seal on the documents in it, beside who serves and to be read.
+
+    Raises:
+        InvalidInput: INVALID_CONFIGURATION.
+        Unavailable: the store or the token has no answer.
+    """
+    keyring = await _keyring(config)
+    async with _reading(config) as store:
+        sealed = await store.identity(DOCUMENTS)
+        # A seal whose key is gone is nobody's.
+        key = os.urandom(DOCUMENT_KEY_SIZE) if sealed is None else keyring.unseal(sealed, identity_place(DOCUMENTS))
+        yield store, DocumentSeal(DocumentKey(key).tag)
+
+
+@asynccontextmanager
+async def documents_to_seal(config: Config, log: Log) -> AsyncIterator[tuple[SqlStore, DocumentSeal]]:
+    """The same, to be written to: beside replicas, or in place of the one process that serves from a folder.
+
+    Raises:
+        InvalidInput: INVALID_CONFIGURATION.
+        Unavailable: the store or the token has no answer, or another process serves from the folder.
+    """
+    keyring = await _keyring(config)
+    store = make_store(config)
+    await store.open()
+    try:
+        identities = await load_identities(store, keyring, os.urandom, log)
+        yield store, DocumentSeal(identities.documents.tag)
+    finally:
+        await store.close()
+
+
+async def _keyring(config: Config) -> Keyring:
+    keys = sealing_keys(config)
+    for key in token_keys(keys):
+        await key.refresh()
+    return Keyring(keys[0], keys[1:])
 
 
 async def read_records(config: Config, launch_id: UUID | None) -> Sequence[AuditRow]:
@@ -174,7 +216,7 @@ async def read_records(config: Config, launch_id: UUID | None) -> Sequence[Audit
     if config.store is None:
         return read_audit(config.folder / FILE_NAME, launch_id)
     found: list[ChainedRecord] = []
-    async with _reading(config.store) as store:
+    async with _reading(config) as store:
         while page := await store.records(launch_id, after=found[-1].number if found else 0, limit=_PAGE):
             found += page
     return [each.record for each in found]

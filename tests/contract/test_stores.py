@@ -11,7 +11,7 @@ import pytest
 
 from common.audit.chain import record_fields, record_hash
 from common.errors import Reason, Refused, Unavailable
-from tests.support.store_rows import GENERATED, KEY_ID, NOW, audit, expiry, opening, release
+from tests.support.store_rows import GENERATED, KEY_ID, NOW, SEAL, audit, expiry, opening, release
 from tests.support.stores import Place, count_open, count_released
 from verifier.store.engine import Transaction
 from verifier.store.rows import (
@@ -188,8 +188,10 @@ async def test_what_was_judged_by_other_documents_is_not_carried_out(store: SqlS
 
 async def test_a_revision_counts_without_a_document(store: SqlStore) -> None:
     judged = opening(revision=await store.revision())
-    await store.revise()
-    assert await store.documents() == (1, [])
+    await store.revise(SEAL)
+    found = await store.documents()
+    assert (found.revision, found.rows) == (1, ())
+    SEAL.require(found)
     assert await store.open_launch(judged) is Outcome.DOCUMENTS_CHANGED
     assert await store.open_launch(opening(revision=1)) is Outcome.DONE
 

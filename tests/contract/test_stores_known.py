@@ -7,7 +7,7 @@ from datetime import timedelta
 from functools import partial
 from uuid import uuid4
 
-from tests.support.store_rows import NOW, admin_request, audit, document, opening, release
+from tests.support.store_rows import NOW, SEAL, admin_request, audit, document, opening, release
 from verifier.store.rows import Known, LedgerRow, Outcome, PdhSighting, RequestKey, Spending
 from verifier.store.sql_store import SqlStore
 
@@ -53,7 +53,7 @@ async def test_the_time_and_the_revision_are_the_newest(store: SqlStore) -> None
     key = RequestKey(caller="c", method="m", request_id=uuid4())
     await store.record(audit(time=NOW + timedelta(hours=1)))
     await store.record(audit(time=NOW))
-    assert await store.apply_document(document(), admin_request(), audit()) is Outcome.DONE
+    assert await store.apply_document(document(), admin_request(), audit("document.applied"), SEAL) is Outcome.DONE
     assert await store.known(key) == Known(time=NOW + timedelta(hours=1), revision=1, request=None)
 
 

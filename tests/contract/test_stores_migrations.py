@@ -17,10 +17,11 @@ from verifier.store.postgres import PostgresStore
 from verifier.store.rows import Outcome
 from verifier.store.sqlite_file import FILE_NAME
 
-ADDITIVE = step("0002_more", "-- compatible_from: 1\nALTER TABLE launch ADD COLUMN note TEXT;\n")
-BREAKING = step("0002_less", "-- compatible_from: 2\nALTER TABLE launch RENAME COLUMN oca TO owner_oca;\n")
+NOW = [each.name for each in migrations()]
+ADDITIVE = step("0003_more", "-- compatible_from: 2\nALTER TABLE launch ADD COLUMN note TEXT;\n")
+BREAKING = step("0003_less", "-- compatible_from: 3\nALTER TABLE launch RENAME COLUMN oca TO owner_oca;\n")
 BROKEN = step(
-    "0002_bad", "-- compatible_from: 1\nCREATE TABLE half (id INTEGER);\nALTER TABLE nothing ADD COLUMN x TEXT;\n"
+    "0003_bad", "-- compatible_from: 2\nCREATE TABLE half (id INTEGER);\nALTER TABLE nothing ADD COLUMN x TEXT;\n"
 )
 
 
@@ -60,7 +61,7 @@ def test_both_dialects_have_the_same_steps() -> None:
 
 def test_a_step_that_does_not_say_whom_it_serves_is_no_step() -> None:
     with pytest.raises(ValueError, match="compatible_from"):
-        step("0002_silent", "CREATE TABLE x (id INTEGER);")
+        step("0003_silent", "CREATE TABLE x (id INTEGER);")
 
 
 async def test_a_process_that_is_older_than_an_added_column_serves_beside_a_newer_one(
@@ -68,7 +69,7 @@ async def test_a_process_that_is_older_than_an_added_column_serves_beside_a_newe
 ) -> None:
     await opened(place)
     await opened(place, ADDITIVE)
-    assert applied(place, request) == ["0001_everything", "0002_more"]
+    assert applied(place, request) == [*NOW, "0003_more"]
     old = place.store()
     await old.open()
     new = opening()
@@ -82,16 +83,16 @@ async def test_a_process_that_is_older_than_a_breaking_step_refuses_to_serve(
     place: Place, request: pytest.FixtureRequest
 ) -> None:
     await opened(place, BREAKING)
-    with pytest.raises(Unavailable, match="the store has schema 2, this version knows up to 1"):
+    with pytest.raises(Unavailable, match="the store has schema 3, this version knows up to 2"):
         await opened(place)
     await opened(place, BREAKING)
-    assert applied(place, request) == ["0001_everything", "0002_less"]
+    assert applied(place, request) == [*NOW, "0003_less"]
 
 
 async def test_an_added_step_after_a_breaking_one_does_not_let_an_old_process_in(place: Place) -> None:
-    added = step("0003_more", "-- compatible_from: 2\nALTER TABLE launch ADD COLUMN note TEXT;\n")
+    added = step("0004_more", "-- compatible_from: 3\nALTER TABLE launch ADD COLUMN note TEXT;\n")
     await opened(place, BREAKING, added)
-    with pytest.raises(Unavailable, match="schema 3"):
+    with pytest.raises(Unavailable, match="schema 4"):
         await opened(place)
     await opened(place, BREAKING)
 
@@ -100,17 +101,17 @@ async def test_a_step_that_fails_leaves_the_schema_as_it_was(place: Place, reque
     await opened(place)
     with pytest.raises(Unavailable):
         await opened(place, BROKEN)
-    assert applied(place, request) == ["0001_everything"]
+    assert applied(place, request) == NOW
     # Nothing of it stayed: the table that its first half made can be made again.
-    half = step("0002_half", "-- compatible_from: 1\nCREATE TABLE half (id INTEGER);\n")
+    half = step("0003_half", "-- compatible_from: 2\nCREATE TABLE half (id INTEGER);\n")
     await opened(place, half)
-    assert applied(place, request) == ["0001_everything", "0002_half"]
+    assert applied(place, request) == [*NOW, "0003_half"]
 
 
 @pytest.mark.parametrize("place", ["postgres"], indirect=True)
 async def test_replicas_that_start_at_once_apply_each_step_once(place: Place, request: pytest.FixtureRequest) -> None:
     await asyncio.gather(*(opened(place, ADDITIVE) for _ in range(6)))
-    assert applied(place, request) == ["0001_everything", "0002_more"]
+    assert applied(place, request) == [*NOW, "0003_more"]
 
 
 # Commands that only read.
@@ -131,9 +132,9 @@ async def read(place: Place, *more: Step) -> None:
 async def test_whoever_only_reads_brings_no_schema_forward(place: Place, request: pytest.FixtureRequest) -> None:
     await opened(place)
     await read(place)
-    with pytest.raises(Unavailable, match="the store has schema 1, this version reads 2"):
+    with pytest.raises(Unavailable, match="the store has schema 2, this version reads 3"):
         await read(place, ADDITIVE)
-    assert applied(place, request) == ["0001_everything"]
+    assert applied(place, request) == NOW
     await opened(place, ADDITIVE)
     await read(place)  # what a newer one only added is in nobody's way
 
@@ -141,5 +142,5 @@ async def test_whoever_only_reads_brings_no_schema_forward(place: Place, request
 @pytest.mark.parametrize("place", ["postgres"], indirect=True)
 async def test_whoever_only_reads_does_not_read_what_a_newer_one_changed(place: Place) -> None:
     await opened(place, BREAKING)
-    with pytest.raises(Unavailable, match="the store has schema 2, this version knows up to 1"):
+    with pytest.raises(Unavailable, match="the store has schema 3, this version knows up to 2"):
         await read(place)

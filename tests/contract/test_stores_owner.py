@@ -15,6 +15,7 @@ from tests.support.store_rows import (
     KEY_ID,
     NOW,
     OTHER_KEY_ID,
+    SEAL,
     TEK,
     TIK,
     admin_request,
@@ -24,18 +25,29 @@ from tests.support.store_rows import (
     release,
     sealed,
 )
-from verifier.store.rows import AuditRow, Outcome, StoredSecret
+from verifier.store.rows import AuditRow, DocumentRow, Outcome, StoredSecret
 from verifier.store.sql_store import SqlStore
 
 # Documents.
 
 
+def changed(event: str = "document.applied") -> AuditRow:
+    return audit(event)
+
+
+async def on_file(store: SqlStore) -> tuple[int, tuple[DocumentRow, ...]]:
+    """Revision and rows of documents that are as they were sealed."""
+    found = await store.documents()
+    SEAL.require(found)
+    return found.revision, found.rows
+
+
 async def test_a_document_comes_back_as_it_was_applied_with_its_revision(store: SqlStore) -> None:
-    assert await store.documents() == (0, [])
+    assert await on_file(store) == (0, ())
     assert await store.revision() == 0
     request, record = admin_request(), audit("document.applied")
-    assert await store.apply_document(document(), request, record) is Outcome.DONE
-    assert await store.documents() == (1, [document()])
+    assert await store.apply_document(document(), request, record, SEAL) is Outcome.DONE
+    assert await on_file(store) == (1, (document(),))
     assert await store.revision() == 1
     assert await store.admin_request(request.key) == request
     assert [each.record for each in await store.records(None, after=0, limit=10)] == [record]
@@ -44,8 +56,8 @@ async def test_a_document_comes_back_as_it_was_applied_with_its_revision(store: 
 
 async def test_versions_of_a_document_stand_beside_each_other(store: SqlStore) -> None:
     for row in (document(), document(version="2"), document(name="db"), document(kind="Grant", text=b"\0\xff")):
-        assert await store.apply_document(row, admin_request(), audit()) is Outcome.DONE
-    revision, rows = await store.documents()
+        assert await store.apply_document(row, admin_request(), changed(), SEAL) is Outcome.DONE
+    revision, rows = await on_file(store)
     assert revision == 4
     assert [(row.kind, row.name, row.version) for row in rows] == [
         ("Grant", "web", "1"),
@@ -57,42 +69,45 @@ async def test_versions_of_a_document_stand_beside_each_other(store: SqlStore) -
 
 
 async def test_a_document_that_was_checked_beside_others_is_not_kept(store: SqlStore) -> None:
-    assert await store.apply_document(document(), admin_request(), audit(), 0) is Outcome.DONE
+    assert await store.apply_document(document(), admin_request(), changed(), SEAL, 0) is Outcome.DONE
     late = admin_request()
-    assert await store.apply_document(document(version="2"), late, audit(), 0) is Outcome.DOCUMENTS_CHANGED
+    assert await store.apply_document(document(version="2"), late, changed(), SEAL, 0) is Outcome.DOCUMENTS_CHANGED
     assert await store.admin_request(late.key) is None
-    assert await store.documents() == (1, [document()])
-    assert await store.apply_document(document(version="2"), late, audit(), 1) is Outcome.DONE
+    assert await on_file(store) == (1, (document(),))
+    assert await store.apply_document(document(version="2"), late, changed(), SEAL, 1) is Outcome.DONE
 
 
 async def test_the_same_document_changes_nothing_and_keeps_the_request(store: SqlStore) -> None:
-    await store.apply_document(document(), admin_request(), audit())
+    await store.apply_document(document(), admin_request(), changed(), SEAL)
     again = admin_request()
-    assert await store.apply_document(document(), again, audit()) is Outcome.UNCHANGED
+    assert await store.apply_document(document(), again, changed(), SEAL) is Outcome.UNCHANGED
     assert await store.admin_request(again.key) == again
     assert await store.revision() == 1
     assert await chain_verifies(store) == 1
 
 
 async def test_another_document_under_the_same_version_is_a_conflict(store: SqlStore) -> None:
-    await store.apply_document(document(), admin_request(), audit())
+    await store.apply_document(document(), admin_request(), changed(), SEAL)
     for other in (document(text=b"kind: other"), replace(document(), is_json=True)):
         request = admin_request()
-        assert await store.apply_document(other, request, audit()) is Outcome.CONFLICT
+        assert await store.apply_document(other, request, changed(), SEAL) is Outcome.CONFLICT
         assert await store.admin_request(request.key) is None
-    assert await store.documents() == (1, [document()])
+    assert await on_file(store) == (1, (document(),))
     assert await chain_verifies(store) == 1
 
 
 async def test_a_deleted_document_is_gone_with_all_versions_and_others_stay(store: SqlStore) -> None:
     for row in (document(), document(version="2"), document(name="db"), document(kind="Grant")):
-        await store.apply_document(row, admin_request(), audit())
-    assert await store.delete_document("Workload", "web", admin_request(), audit()) is Outcome.DONE
-    revision, rows = await store.documents()
+        await store.apply_document(row, admin_request(), changed(), SEAL)
+    assert (
+        await store.delete_document("Workload", "web", admin_request(), changed("document.deleted"), SEAL)
+        is Outcome.DONE
+    )
+    revision, rows = await on_file(store)
     assert revision == 5
     assert [(row.kind, row.name) for row in rows] == [("Grant", "web"), ("Workload", "db")]
     gone = admin_request()
-    assert await store.delete_document("Workload", "web", gone, audit()) is Outcome.LOST
+    assert await store.delete_document("Workload", "web", gone, changed("document.deleted"), SEAL) is Outcome.LOST
     assert await store.admin_request(gone.key) is None
     assert await store.revision() == 5
     assert await chain_verifies(store) == 5
@@ -100,19 +115,22 @@ async def test_a_deleted_document_is_gone_with_all_versions_and_others_stay(stor
 
 async def test_an_owners_request_id_is_taken_once(store: SqlStore) -> None:
     request = admin_request()
-    await store.apply_document(document(), request, audit())
-    assert await store.apply_document(document(version="2"), request, audit()) is Outcome.REQUEST_TAKEN
-    assert await store.delete_document("Workload", "web", request, audit()) is Outcome.REQUEST_TAKEN
+    await store.apply_document(document(), request, changed(), SEAL)
+    assert await store.apply_document(document(version="2"), request, changed(), SEAL) is Outcome.REQUEST_TAKEN
+    assert (
+        await store.delete_document("Workload", "web", request, changed("document.deleted"), SEAL)
+        is Outcome.REQUEST_TAKEN
+    )
     assert await store.put_secret("disk", lambda _version: b"", 1, request, audit()) == (Outcome.REQUEST_TAKEN, 0)
-    assert await store.delete_secret("disk", request, audit()) is Outcome.REQUEST_TAKEN
-    assert await store.documents() == (1, [document()])
+    assert await store.delete_secret("disk", request, audit(), SEAL) is Outcome.REQUEST_TAKEN
+    assert await on_file(store) == (1, (document(),))
     assert await store.secrets(after="", limit=10) == []
     assert await chain_verifies(store) == 1
 
 
 async def test_a_launch_judged_before_a_change_of_documents_is_not_begun_after_it(store: SqlStore) -> None:
     before, revision = opening(), await store.revision()
-    await store.apply_document(document(), admin_request(), audit())
+    await store.apply_document(document(), admin_request(), changed(), SEAL)
     assert await store.open_launch(replace(before, revision=revision)) is Outcome.DOCUMENTS_CHANGED
     assert await store.open_launch(replace(before, revision=await store.revision())) is Outcome.DONE
 
@@ -156,11 +174,11 @@ async def test_a_new_version_leaves_the_old_one_readable(store: SqlStore) -> Non
 async def test_no_version_is_used_twice_not_even_after_the_secret_was_erased(store: SqlStore) -> None:
     await put(store, "disk")
     await put(store, "disk")
-    assert await store.delete_secret("disk", admin_request(), audit("secret.deleted")) is Outcome.DONE
+    assert await store.delete_secret("disk", admin_request(), audit("secret.deleted"), SEAL) is Outcome.DONE
     assert await store.secret("disk", None) is None
     assert await store.secret("disk", 1) is None
     gone = admin_request()
-    assert await store.delete_secret("disk", gone, audit()) is Outcome.LOST
+    assert await store.delete_secret("disk", gone, audit(), SEAL) is Outcome.LOST
     assert await store.admin_request(gone.key) is None
     assert await put(store, "disk") == 3
 
@@ -250,7 +268,7 @@ async def test_a_blob_that_changed_or_went_meanwhile_is_not_resealed(store: SqlS
     for place in places:
         assert not await store.reseal(place, sealed(b"not what is there"), new)
     await store.move(release(open_id))
-    await store.delete_secret("disk", admin_request(), audit())
+    await store.delete_secret("disk", admin_request(), audit(), SEAL)
     assert not await store.reseal(("launch", str(open_id), "tek"), TEK, new)
     assert not await store.reseal(("secret", "disk", "1"), sealed(b"words1"), new)
     assert not await store.reseal(("launch", str(uuid4()), "tek"), TEK, new)

@@ -18,7 +18,18 @@ from common.errors import LimitExceeded, Reason, SevattestError
 from tests.contract.test_stores import chain_verifies
 from tests.support.eventually import until
 from tests.support.postgres import Server
-from tests.support.store_rows import KEY_ID, NOW, admin_request, audit, document, expiry, opening, release, sealed
+from tests.support.store_rows import (
+    KEY_ID,
+    NOW,
+    SEAL,
+    admin_request,
+    audit,
+    document,
+    expiry,
+    opening,
+    release,
+    sealed,
+)
 from tests.support.stores import Place, count_open, count_released, go
 from verifier.store.rows import Checkpoint, LedgerRow, Opening, Outcome, Spending
 from verifier.store.sql_store import SqlStore
@@ -112,10 +123,13 @@ async def test_whatever_happens_at_once_is_one_chain_and_nobody_waits_for_ever(r
 
     async def own(store: SqlStore, index: int) -> int:
         assert (
-            await store.apply_document(document(f"d{index % 3}", str(index)), admin_request(), audit()) is Outcome.DONE
+            await store.apply_document(
+                document(f"d{index % 3}", str(index)), admin_request(), audit("document.applied"), SEAL
+            )
+            is Outcome.DONE
         )
         await store.put_secret("disk", lambda _version: sealed(b""), 1, admin_request(), audit())
-        deleted = await store.delete_secret("disk", admin_request(), audit())
+        deleted = await store.delete_secret("disk", admin_request(), audit(), SEAL)
         return 2 + (deleted is Outcome.DONE)
 
     jobs = []
@@ -160,7 +174,7 @@ async def test_a_document_that_many_apply_is_one_document(replicas: Sequence[Sql
     outcomes = await asyncio.gather(
         *(
             replicas[index % len(replicas)].apply_document(
-                document(text=b"odd" if index % 2 else b"even"), admin_request(), audit()
+                document(text=b"odd" if index % 2 else b"even"), admin_request(), audit("document.applied"), SEAL
             )
             for index in range(RACERS)
         )
@@ -193,7 +207,8 @@ async def test_documents_do_not_change_between_a_judgement_and_its_commit(
         go_on.clear()
         judged = asyncio.create_task(work)
         assert await asyncio.to_thread(reached.wait, 30)
-        switch = asyncio.create_task(store.apply_document(document(version=str(revision)), admin_request(), audit()))
+        applied = document(version=str(revision)), admin_request(), audit("document.applied"), SEAL
+        switch = asyncio.create_task(store.apply_document(*applied))
         waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type='Lock' AND query LIKE '%revision%'"
         await until(lambda: switch.done() or postgres_server.sql(waiting) == "1")  # noqa: B023 -- awaited here
         assert not switch.done()

@@ -182,7 +182,10 @@ async def test_an_owner_who_hangs_up_while_chips_are_looked_up_leaves_none_of_th
         # As if another replica had applied it: here the first look is a reader's, who may hang up.
         text = yaml.safe_dump(revocation(chips=[site.platform.chip_id.hex()], ceks=[])).encode()
         row = document("incident", text=text, kind="Revocation")
-        assert await app._store.apply_document(row, admin_request("ApplyDocument"), audit()) is Outcome.DONE
+        assert (
+            await app._store.apply_document(row, admin_request("ApplyDocument"), audit("document.applied"), app._seal)
+            is Outcome.DONE
+        )
         listing = admin_pb2.ListDocumentsRequest(kind=admin_pb2.DOCUMENT_KIND_REVOCATION)
         reading = asyncio.create_task(call(owner.ListDocuments, listing, timeout=20, mutating=False))
         async with asyncio.timeout(_DEADLINE_S):

@@ -48,6 +48,7 @@ from verifier.launches.release import Releaser
 from verifier.launches.reports import ReportVerifier
 from verifier.launches.timekeeper import Timekeeper
 from verifier.library.library import Library
+from verifier.library.sealed import DocumentSeal
 from verifier.secrets.router import Secrets
 from verifier.secrets.stored import StoredSecrets
 from verifier.store.rows import AuditRow
@@ -268,11 +269,12 @@ async def desk(
     store = SqliteStore(folder / "state", on_step=on_step)
     await store.open()
     try:
-        library = Library(documents, store, log)
-        await library.load()
         deny_list = DenyList(denied)
         sealing = FileKey(KEK)
         identities = await load_identities(store, sealing, os.urandom, log)
+        seal = DocumentSeal(identities.documents.tag)
+        library = Library(documents, store, seal, log)
+        await library.load()
         dependencies = Dependencies(
             store=store,
             library=library,
@@ -281,6 +283,7 @@ async def desk(
             sealing=sealing,
             signer=identities.signer,
             pseudonyms=identities.pseudonyms,
+            seal=seal,
             issuer=VERIFIER,
             secrets=Secrets(stored=StoredSecrets(store, sealing), random=random, log=log),
             time=Timekeeper(clock, store.last_time),

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path, PurePath
 from typing import Any
@@ -12,9 +11,11 @@ from uuid import UUID
 
 import yaml
 
+from common.audit.chain import Head
 from tests.support.firmware import amdsev_image
+from tests.support.store_rows import SEAL
 from verifier.documents.reader import Document, read_document
-from verifier.store.rows import DocumentRow
+from verifier.store.rows import DocumentRow, DocumentSet
 
 CALLER = "spiffe://datacenter.example/orchestrator/cluster"
 STRANGER = "spiffe://datacenter.example/orchestrator/stranger"
@@ -111,6 +112,7 @@ class AppliedDocuments:
     rows: list[DocumentRow] = field(default_factory=list)
     number: int = 0
     reads: int = 0
+    sealed: bool = True
     error: Exception | None = None
 
     def apply(self, *contents: dict[str, Any]) -> None:
@@ -133,9 +135,11 @@ class AppliedDocuments:
             raise self.error
         return self.number
 
-    async def documents(self) -> tuple[int, Sequence[DocumentRow]]:
+    async def documents(self) -> DocumentSet:
         """See `Store`."""
         if self.error is not None:
             raise self.error
         self.reads += 1
-        return self.number, tuple(self.rows)
+        change = Head(number=self.number, hash=bytes(32))
+        found = DocumentSet(revision=self.number, rows=tuple(self.rows), change=change, tag=None)
+        return replace(found, tag=SEAL.tag(found)) if self.sealed else found

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hmac
 from datetime import UTC, datetime, timedelta
 from uuid import UUID, uuid4
 
+from verifier.library.sealed import DocumentSeal
 from verifier.store.rows import (
     AdminRequest,
     AuditRow,
@@ -22,6 +24,13 @@ from verifier.store.rows import (
 
 NOW = datetime(2026, 3, 1, tzinfo=UTC)
 OWNER = "spiffe://owner.example/admin"
+
+
+def _tag(words: bytes) -> bytes:
+    return hmac.digest(b"d" * 32, words, "sha256")
+
+
+SEAL = DocumentSeal(_tag)
 KEY_ID, OTHER_KEY_ID = b"12345678", b"abcdefgh"
 
 

@@ -34,12 +34,12 @@ def owner_desks(dependencies: Dependencies, library: DocumentLibrary) -> Desks:
     d = dependencies
     journal = Journal(store=d.store, time=d.time, records=d.records)
     return Desks(
-        documents=DocumentDesk(store=d.store, journal=journal, library=library),
+        documents=DocumentDesk(store=d.store, journal=journal, library=library, seal=d.seal),
         grants=GrantDesk(store=d.store, library=library, time=d.time),
         impact=ImpactDesk(store=d.store, library=library, denied=d.denied, pseudonym=d.pseudonyms.of),
         launches=LaunchDesk(d.store, pseudonym=d.pseudonyms.of),
         records=RecordDesk(d.store, d.signer),
-        secrets=SecretDesk(store=d.store, journal=journal, sealing=d.sealing, keyed=d.pseudonyms.of),
+        secrets=SecretDesk(store=d.store, journal=journal, sealing=d.sealing, keyed=d.pseudonyms.of, documents=d.seal),
         simulate=SimulateDesk(
             store=d.store,
             library=library,

@@ -22,7 +22,7 @@ from verifier.documents.workload import version_order
 from verifier.launches.records import AuditEvent
 from verifier.library.documents import Entry
 from verifier.library.validate import DocumentLibrary, check_document
-from verifier.store.rows import AdminRequest, AuditRow, DocumentRow, Outcome, StoredSecret
+from verifier.store.rows import AdminRequest, AuditRow, DocumentRow, DocumentSeal, Outcome, StoredSecret
 
 # A document is checked again where others changed meanwhile; a pipeline may apply a whole folder at once.
 ATTEMPTS = 100
@@ -51,12 +51,19 @@ class DocumentStore(KeptRequests, Protocol):
     """What is asked of a store here."""
 
     async def apply_document(
-        self, document: DocumentRow, request: AdminRequest, audit: AuditRow, revision: int | None = None
+        self,
+        document: DocumentRow,
+        request: AdminRequest,
+        audit: AuditRow,
+        seal: DocumentSeal,
+        revision: int | None = None,
     ) -> Outcome:
         """Keep a version of a document."""
         ...
 
-    async def delete_document(self, kind: str, name: str, request: AdminRequest, audit: AuditRow) -> Outcome:
+    async def delete_document(
+        self, kind: str, name: str, request: AdminRequest, audit: AuditRow, seal: DocumentSeal
+    ) -> Outcome:
         """Remove all versions of a document."""
         ...
 
@@ -68,11 +75,12 @@ class DocumentStore(KeptRequests, Protocol):
 class DocumentDesk:
     """Takes documents in, shows them, takes them out."""
 
-    def __init__(self, *, store: DocumentStore, journal: Journal, library: DocumentLibrary) -> None:
+    def __init__(self, *, store: DocumentStore, journal: Journal, library: DocumentLibrary, seal: DocumentSeal) -> None:
         """Take the means."""
         self._store = store
         self._journal = journal
         self._library = library
+        self._seal = seal
 
     # In and out.
 
@@ -122,7 +130,8 @@ class DocumentDesk:
     ) -> Applied | None:
         """What became of a document that could be kept; None where others changed since it was checked."""
         same = await self._on_file(document)
-        outcome = await self._store.apply_document(row, draft.answering(changed=same is None), audit, revision)
+        request = draft.answering(changed=same is None)
+        outcome = await self._store.apply_document(row, request, audit, self._seal, revision)
         if outcome is Outcome.DOCUMENTS_CHANGED:
             return None
         if outcome is Outcome.CONFLICT:
@@ -133,10 +142,7 @@ class DocumentDesk:
             return await self._applied_before(row.text, changed=bool(answer["changed"]))
         if outcome is Outcome.DONE:
             self._journal.stored(audit)
-            # Looked at again at once: what has to be found out about it (chips that are known by their ids) is, now.
-            # It is kept whatever comes of that.
-            with contextlib.suppress(SevattestError):
-                await self._library.current()
+            await self._look()
             return Applied(document=replace(document, apply_time=row.apply_time), changed=True)
         return Applied(document=same or document, changed=False)
 
@@ -189,13 +195,23 @@ class DocumentDesk:
             name=name,
             versions=[{"version": each.version, "sha256": each.sha256} for each in known[:LISTED_MAX]],
         )
-        outcome = await self._store.delete_document(kind.value, name, draft.answering(), audit)
+        outcome = await self._store.delete_document(kind.value, name, draft.answering(), audit, self._seal)
         if outcome is Outcome.LOST:
             raise _unknown(kind, name)
         if outcome is not Outcome.DONE:
             await self._journal.answered_meanwhile(draft)
             return
         self._journal.stored(audit)
+        await self._look()
+
+    async def _look(self) -> None:
+        """Look at the documents after a change of them: from here on this process believes in nothing older.
+
+        And what has to be found out about them (chips that are known by their ids) is, now. They were changed whatever
+        comes of that.
+        """
+        with contextlib.suppress(SevattestError):
+            await self._library.look()
 
     # Reading.
 

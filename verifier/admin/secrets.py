@@ -17,7 +17,7 @@ from verifier.keys.base import SealingKey
 from verifier.launches.launch import content_hash
 from verifier.launches.records import AuditEvent
 from verifier.secrets.put import secret_to_put
-from verifier.store.rows import AdminRequest, AuditRow, Outcome, StoredSecret
+from verifier.store.rows import AdminRequest, AuditRow, DocumentSeal, Outcome, StoredSecret
 
 _LISTING = Listing("ListSecrets")
 
@@ -35,7 +35,7 @@ class SecretStore(KeptRequests, Protocol):
         """The newest version of each secret, by name."""
         ...
 
-    async def delete_secret(self, name: str, request: AdminRequest, audit: AuditRow) -> Outcome:
+    async def delete_secret(self, name: str, request: AdminRequest, audit: AuditRow, seal: DocumentSeal) -> Outcome:
         """Erase all versions of a secret."""
         ...
 
@@ -44,7 +44,13 @@ class SecretDesk:
     """Takes secrets in, lists their names, erases them."""
 
     def __init__(
-        self, *, store: SecretStore, journal: Journal, sealing: SealingKey, keyed: Callable[[str], str]
+        self,
+        *,
+        store: SecretStore,
+        journal: Journal,
+        sealing: SealingKey,
+        keyed: Callable[[str], str],
+        documents: DocumentSeal,
     ) -> None:
         """Take the means.
 
@@ -53,11 +59,13 @@ class SecretDesk:
             journal: of the owner's requests.
             sealing: seals them.
             keyed: a keyed digest of a text, which all replicas have the same key for.
+            documents: the seal on the documents, which get another revision when a secret is erased.
         """
         self._store = store
         self._journal = journal
         self._sealing = sealing
         self._keyed = keyed
+        self._documents = documents
 
     async def put(self, asked: Asked, name: str, value: bytes) -> int:
         """Keep a new version of a secret; its version, from 1.
@@ -108,7 +116,7 @@ class SecretDesk:
         if await self._journal.answered(draft) is not None:
             return
         audit = self._journal.row(AuditEvent.SECRET_DELETED, asked, await self._journal.now(), name=name)
-        outcome = await self._store.delete_secret(name, draft.answering(), audit)
+        outcome = await self._store.delete_secret(name, draft.answering(), audit, self._documents)
         if outcome is Outcome.LOST:
             raise NotFound(Reason.NOT_FOUND, f"there is no secret {name}")
         if outcome is not Outcome.DONE:

@@ -1,6 +1,7 @@
 """The verifier's own keys: made at the first start, kept sealed in the store, the same for all replicas.
 
-They are no secrets of the guests': losing them costs the proof of later receipts, not a guest.
+They are no secrets of the guests': losing them costs the proof of later receipts and a look at the applied documents,
+not a guest.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from cryptography.hazmat.primitives.serialization import (
 from common.errors import Reason, Unavailable
 from common.telemetry.log import Log
 from verifier.keys.base import SealingKey, identity_place
-from verifier.keys.signer import PSEUDONYM_KEY_SIZE, Pseudonyms, Signer
+from verifier.keys.signer import DOCUMENT_KEY_SIZE, PSEUDONYM_KEY_SIZE, DocumentKey, Pseudonyms, Signer
 
 SIGNING = "signing"
 PSEUDONYM = "pseudonym"
+DOCUMENTS = "documents"
 
 
 class IdentityStore(Protocol):
@@ -45,10 +47,11 @@ class IdentityStore(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Identities:
-    """What the verifier signs with and hides chips behind."""
+    """What the verifier signs with, hides chips behind, and seals the applied documents with."""
 
     signer: Signer
     pseudonyms: Pseudonyms
+    documents: DocumentKey
 
 
 async def load_identities(
@@ -58,6 +61,8 @@ async def load_identities(
 
     Keys that are missing beside an audit log that is not empty were removed: they are made again, and the log says so.
     A store that is new is named, too: an empty folder in place of the right one must not go unnoticed.
+    Of the documents' key the documents say it: they are not as they were sealed then. A store of a version that had no
+    such key lacks it, too.
 
     Raises:
         Unavailable: the store has no answer, the sealing key is out of reach, or what is kept does not open.
@@ -66,6 +71,7 @@ async def load_identities(
     records, _, _ = await store.head()
     signing, new_signing = await _kept(store, sealing, SIGNING, _new_signing_key)
     pseudonym, new_pseudonym = await _kept(store, sealing, PSEUDONYM, lambda: random(PSEUDONYM_KEY_SIZE))
+    documents, _ = await _kept(store, sealing, DOCUMENTS, lambda: random(DOCUMENT_KEY_SIZE))
     signer = _signer(signing)
     made = [name for name, new in ((SIGNING, new_signing), (PSEUDONYM, new_pseudonym)) if new]
     if made and records > 0:
@@ -75,7 +81,7 @@ async def load_identities(
         log.warning(
             "store.new", text="the store was empty: nothing was applied or released here before", kid=signer.kid
         )
-    return Identities(signer=signer, pseudonyms=Pseudonyms(pseudonym))
+    return Identities(signer=signer, pseudonyms=Pseudonyms(pseudonym), documents=DocumentKey(documents))
 
 
 def _signer(signing: bytes) -> Signer:

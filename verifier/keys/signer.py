@@ -1,4 +1,7 @@
-"""What the verifier signs with, and what it hides chip ids behind. Both are the same for all its replicas."""
+"""What the verifier signs with, what it hides chip ids behind, and what it knows its owners' documents again by.
+
+All of it is the same for all its replicas.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from common.audit.jws import ALGORITHM, COORDINATE_SIZE, base64url, key_set, thumbprint
 
 PSEUDONYM_KEY_SIZE = 32
+DOCUMENT_KEY_SIZE = 32
 _PSEUDONYM_SIZE = 16
 _ES256 = ec.ECDSA(hashes.SHA256())
 
@@ -88,3 +92,24 @@ class Pseudonyms:
     def _of(self, value: str) -> str:
         """HMAC-SHA-256, the first 16 bytes."""
         return "chip:" + hmac.digest(self._key, value.encode(), "sha256")[:_PSEUDONYM_SIZE].hex()
+
+
+class DocumentKey:
+    """Makes tags that nobody makes who has the database alone."""
+
+    def __init__(self, key: bytes) -> None:
+        """Take over the key.
+
+        Raises:
+            ValueError: it has not 32 bytes.
+        """
+        if len(key) != DOCUMENT_KEY_SIZE:
+            raise ValueError(f"a key for documents has {DOCUMENT_KEY_SIZE} bytes")
+        self._key = key
+
+    def __repr__(self) -> str:
+        return "DocumentKey(redacted)"
+
+    def tag(self, words: bytes) -> bytes:
+        """HMAC-SHA-256 of some words, 32 bytes."""
+        return hmac.digest(self._key, words, "sha256")

@@ -13,8 +13,8 @@ Numbered steps of begin, repeated in the code:
 4. the platform is genuine;
 5. the platform is acceptable;
 6. the secrets would fit;
-7. keys are made, sealed and stored together with the launch, its terms, the request, the grant's reservation and the
-   audit record.
+7. keys are made, sealed, bound to all that is frozen, and stored together with the launch, its terms, the request, the
+   grant's reservation and the audit record.
 
 What was judged by documents that changed meanwhile is not stored: then everything is judged again.
 """
@@ -35,7 +35,6 @@ from verifier.appraisal.evidence import Finding
 from verifier.appraisal.reference import Terms
 from verifier.documents.grant import Grant
 from verifier.documents.workload import Workload
-from verifier.keys.base import launch_place
 from verifier.keys.session import fresh_session
 from verifier.launches import ledger
 from verifier.launches.allowances import STRANGERS
@@ -43,12 +42,11 @@ from verifier.launches.dependencies import Dependencies, changing, refusal_for
 from verifier.launches.gather import platform_evidence
 from verifier.launches.launch import AbandonRequest, BeginRequest, Begun, Launch, view
 from verifier.launches.records import AuditEvent
+from verifier.launches.sealed import seal_keys
 from verifier.launches.state import Event, State, after, ended
 from verifier.launches.steps import (
     ABANDON,
     BEGIN,
-    TEK_COLUMN,
-    TIK_COLUMN,
     expire,
     owned_launch,
     record,
@@ -58,7 +56,7 @@ from verifier.launches.steps import (
     settle,
 )
 from verifier.library.documents import Documents
-from verifier.store.rows import LaunchRow, Move, Opening, Outcome, RequestKey, RequestRow, SealedKeys, Spending
+from verifier.store.rows import LaunchRow, Move, Opening, Outcome, RequestKey, RequestRow, Spending
 
 _SWEEP_MAX = 500  # launches that a sweep finds at once
 # An owner changes documents by hand or by a pipeline: who meets this many changes in a row asks again.
@@ -236,11 +234,6 @@ class Broker:
         """Write the launch down; None where the documents changed meanwhile."""
         launch_id, workload, terms, platform = self._d.new_id(), candidate.workload, candidate.terms, candidate.platform
         session, keys = fresh_session(platform.chain.pdh, terms.guest_policy, self._d.random)
-        sealed = SealedKeys(
-            key_id=self._d.sealing.key_id,
-            tek=self._d.sealing.seal(keys.tek, launch_place(launch_id, TEK_COLUMN)),
-            tik=self._d.sealing.seal(keys.tik, launch_place(launch_id, TIK_COLUMN)),
-        )
         terms_id, body = terms.encoded
         chain = platform.chain.to_bytes()
         grant = candidate.grant
@@ -258,13 +251,14 @@ class Broker:
             godh=session.godh.raw,
             session=session.blob,
             pdh_fingerprint=platform.pdh_fingerprint,
-            keys=sealed,
+            keys=None,
             create_time=now,
             expire_time=now + workload.lifetime,
             grant=None if grant is None else grant.name,
             chip_id=request.chip_id.hex() or None,
             oca=platform.chain.oca.fingerprint.hex(),
         )
+        row = replace(row, keys=seal_keys(self._d.sealing, row, keys))
         audit = self._d.records.row(
             AuditEvent.BEGUN,
             time=now,

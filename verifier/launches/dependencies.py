@@ -19,6 +19,7 @@ from verifier.launches.records import Recorder
 from verifier.launches.timekeeper import Timekeeper
 from verifier.library.documents import Documents
 from verifier.library.prepared import Prepared
+from verifier.library.sealed import DocumentSeal
 from verifier.secrets.base import SecretSource
 from verifier.store.base import Store
 
@@ -75,6 +76,7 @@ class Dependencies:
         sealing: seals TEK and TIK at rest.
         signer: signs receipts.
         pseudonyms: hide chips in records, logs and receipts.
+        seal: on the documents that owners apply.
         issuer: who signs, as receipts name it.
         secrets: reads what is released.
         time: the time that launches live by.
@@ -94,6 +96,7 @@ class Dependencies:
     sealing: SealingKey
     signer: Signer
     pseudonyms: Pseudonyms
+    seal: DocumentSeal
     issuer: str
     secrets: SecretSource
     time: Timekeeper

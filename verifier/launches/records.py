@@ -38,6 +38,7 @@ class AuditEvent(StrEnum):
     TURNED_AWAY = "caller.turned_away"
     DOCUMENT_APPLIED = "document.applied"
     DOCUMENT_DELETED = "document.deleted"
+    DOCUMENTS_SEALED = "documents.sealed"
     SECRET_PUT = "secret.put"  # noqa: S105 -- an event's name
     SECRET_DELETED = "secret.deleted"  # noqa: S105 -- an event's name
 
@@ -119,6 +120,10 @@ class Recorder:
         self._log.error(
             "grant.unsettled", audit_id=str(row.audit_id), launch_id=str(row.launch_id), grant=grant, error=error
         )
+
+    def log_altered(self, launch_id: UUID, error: SevattestError) -> None:
+        """Write the line of a launch that stays as it is: somebody wrote to its row."""
+        self._log.error("launch.altered", launch_id=str(launch_id), error=error)
 
     def log_refusal(self, event: str, caller: str, error: SevattestError) -> None:
         """Write the line of a refusal that passes by itself, and of which no record is kept: nobody could read them."""

@@ -7,8 +7,9 @@ Numbered steps, repeated in the code:
 3. the request id was not used before: if it was, for the same content, the same answer is given again, after another
    look at what the owner has taken back, until 24 hours after release;
 4. the launch is open and in time;
-5. its keys are unsealed, and the measurement is tried against every digest that was frozen for it, under the frozen
-   policy: nothing that the host says selects or adds anything;
+5. its keys are unsealed, which shows that nothing that was frozen for it was changed in the store since; then the
+   measurement is tried against every digest that was frozen for it, under the frozen policy: nothing that the host says
+   selects or adds anything;
 6. the rules are asked; whatever they find spends the launch: keys erased, findings and explanation recorded;
 7. the secrets are read and the packet is built, in memory; a source without an answer spends nothing;
 8. one transaction moves the launch from open to released by compare-and-set, keeps packet and receipt, erases the keys,
@@ -24,6 +25,7 @@ second packet from leaving is the compare-and-set of step 8. The lock is its cal
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
@@ -33,7 +35,7 @@ from uuid import UUID
 from weakref import WeakValueDictionary
 
 from common.audit.jws import RECEIPT_TYPE
-from common.errors import known_reason
+from common.errors import WrongState, known_reason
 from common.sev.abi import MINIMUM_API
 from common.sev.measurement import FirmwareVersion, match
 from common.sev.secret import SecretPacket
@@ -50,12 +52,11 @@ from verifier.launches.dependencies import Dependencies, changing, refusal, refu
 from verifier.launches.gather import launch_evidence, standing_evidence
 from verifier.launches.launch import Launch, Released, ReleaseRequest, view
 from verifier.launches.records import AuditEvent
+from verifier.launches.sealed import altered, unseal_keys
 from verifier.launches.state import Event, State, after, ended
 from verifier.launches.steps import (
     GENERATED_COLUMN,
     RELEASE,
-    TEK_COLUMN,
-    TIK_COLUMN,
     expire,
     record,
     reused,
@@ -120,10 +121,11 @@ class Releaser:
             InvalidInput: the request id was used with other content, or a document of the owner's cannot be read;
                 nothing was spent.
             Refused: the measurement, the firmware or the chip is not accepted; the launch is spent.
-            WrongState: the launch has ended already, or its time ran out; the secrets do not fit or the clock is
-                behind, and nothing was spent.
+            WrongState: the launch has ended already, or its time ran out; the secrets do not fit, the clock is behind
+                or somebody else wrote to the launch in the store, and nothing was spent.
             LimitExceeded: a repeat is refused, and too much of this caller is recorded already (TOO_MANY_REFUSALS).
-            Unavailable: the store, the sealing key or a secret's source has no answer; nothing was spent.
+            Unavailable: the store, the sealing key or a secret's source has no answer, or the owner's documents are not
+                as they were sealed; nothing was spent.
         """
         key = RequestKey(caller=request.caller, method=RELEASE, request_id=request.request_id)
         content = request.content()
@@ -183,19 +185,18 @@ class Releaser:
     async def _case(
         self, request: ReleaseRequest, *, key: RequestKey, content: bytes, row: LaunchRow, known: Known, now: datetime
     ) -> _Case:
-        sealed = row.keys
-        assert sealed is not None  # noqa: S101 -- the store's schema: an open launch has keys
-        unseal, launch_id = self._d.sealing.unseal, row.launch_id
-        keys = LaunchKeys(
-            tek=unseal(sealed.tek, launch_place(launch_id, TEK_COLUMN)),
-            tik=unseal(sealed.tik, launch_place(launch_id, TIK_COLUMN)),
-        )
+        try:
+            keys = unseal_keys(self._d.sealing, row)  # step 5
+            terms = await self._terms_of(row)
+        except WrongState as error:
+            self._d.records.log_altered(row.launch_id, error)
+            raise
         return _Case(
             request=request,
             key=key,
             content=content,
             row=row,
-            terms=await self._terms_of(row),
+            terms=terms,
             keys=keys,
             documents=await self._d.library.current(known.revision),
             pdh_oldest=known.pdh_oldest,
@@ -206,7 +207,10 @@ class Releaser:
         """What was frozen for a launch. Terms are kept by their hash: those of an id never change."""
         terms = self._terms.get(row.terms_id)
         if terms is None:
-            terms = decode_terms(await self._d.store.terms(row.terms_id))
+            body = await self._d.store.terms(row.terms_id)
+            if hashlib.sha256(body).digest() != row.terms_id:
+                raise altered("its terms were changed")
+            terms = decode_terms(body)
             if len(self._terms) >= TERMS_MAX:
                 del self._terms[next(iter(self._terms))]
             self._terms[row.terms_id] = terms

@@ -7,14 +7,13 @@ followed: whoever keeps the folder made them (a mounted Kubernetes volume consis
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 from verifier.documents.reader import Document, kind_of, read_document
 from verifier.documents.text import InvalidDocument
 from verifier.library.documents import Entry
-from verifier.store.rows import DocumentRow
+from verifier.store.rows import DocumentRow, DocumentSet
 
 APPLIED = "applied"  # takes the place of a file's name in messages
 
@@ -26,8 +25,8 @@ class DocumentRows(Protocol):
         """Of the documents; grows with every change of them."""
         ...
 
-    async def documents(self) -> tuple[int, Sequence[DocumentRow]]:
-        """All versions of all documents that were not deleted, and their revision."""
+    async def documents(self) -> DocumentSet:
+        """All versions of all documents that were not deleted, as they stand at one moment."""
         ...
 
 

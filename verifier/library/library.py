@@ -1,9 +1,10 @@
 """The owner's documents in memory, and the artefacts that its workloads measure.
 
 A folder is replaced as a whole: one with one bad document changes nothing. The store's documents are read anew whenever
-their revision is another than the snapshot's, so a decision that asks for `current` judges by what is in force then. A
-workload whose artefacts are missing or do not fit stays on file, unusable, with the reason; the others go on. Artefacts
-are looked at again whenever a launch of their workload begins.
+their revision is another than the snapshot's, so a decision that asks for `current` judges by what is in force then.
+What is read and is not as it was sealed (`verifier.library.sealed`) stops everything until a later look finds it well.
+A workload whose artefacts are missing or do not fit stays on file, unusable, with the reason; the others go on.
+Artefacts are looked at again whenever a launch of their workload begins.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from verifier.library.artefacts import ArtefactShelf, unusable
 from verifier.library.documents import Documents, Entry, snapshot
 from verifier.library.folder import read_folder
 from verifier.library.prepared import Prepared, prepare
-from verifier.store.rows import DocumentRow
+from verifier.library.sealed import DocumentSeal, not_sealed, step_back
+from verifier.store.rows import DocumentRow, DocumentSet
 
 # Sets of files that were replaced on disk: still known neighbours for explanations.
 EARLIER_MAX = 32
@@ -42,6 +44,7 @@ class Library:
         self,
         folder: Path,
         rows: DocumentRows,
+        seal: DocumentSeal,
         log: Log,
         *,
         before: Callable[[Documents], Awaitable[None]] = _nothing,
@@ -51,17 +54,21 @@ class Library:
         Args:
             folder: the owner's files, and what relative paths in applied documents are relative to.
             rows: what the owner applied.
+            seal: on it.
             log: the owner's.
             before: is awaited with each new snapshot before it is in force; decisions wait for it, so it has an end.
         """
         self._before = before
         self._folder = folder
         self._rows = rows
+        self._seal = seal
         self._log = log
         self._shelf = ArtefactShelf()
         self._files: tuple[Entry, ...] = ()
         self._applied: Mapping[DocumentRow, Entry] = {}
         self._documents: Documents | None = None
+        self._seen: DocumentSet | None = None  # the last that was sealed: nothing older is believed
+        self._problem: str | None = None  # why what was read last cannot be used
         self._prepared: Mapping[str, Prepared] = {}  # by the SHA-256 of the document
         self._earlier: list[Prepared] = []
         self._lock = asyncio.Lock()
@@ -90,7 +97,8 @@ class Library:
         Raises:
             InvalidInput: a file is bad, with every problem, or has the name of an applied document; the old snapshot
                 stays in force.
-            Unavailable: the store has no answer; the old snapshot stays in force.
+            Unavailable: the store has no answer; the old snapshot stays in force. Or what is in the store is not as it
+                was sealed (DOCUMENTS_NOT_SEALED), and nothing is in force until it is.
         """
         async with self._lock:
             files = await asyncio.to_thread(read_folder, self._folder)
@@ -110,18 +118,29 @@ class Library:
 
         Raises:
             InvalidInput: no folder was loaded yet and the folder is bad.
-            Unavailable: the store has no answer.
+            Unavailable: the store has no answer, or what is in it was found not to be as it was sealed
+                (DOCUMENTS_NOT_SEALED).
         """
+        if self._problem is not None:
+            raise not_sealed()
         known = self._documents
         if known is None:
             return await self.load()
         if revision is None:
             revision = await self._rows.revision()
-        if revision == known.revision:
-            return known
+        return known if revision == known.revision else await self.look()
+
+    async def look(self) -> Documents:
+        """Read what is in the store again, whatever its revision: who writes rows need not write that.
+
+        Raises:
+            InvalidInput, Unavailable: see `load`.
+        """
+        if self._documents is None:
+            return await self.load()
         async with self._lock:
             revision, applied = await self._read_rows()
-            if self._documents is not None and revision == self._documents.revision:
+            if revision == self._documents.revision:
                 return self._documents
             documents = await asyncio.to_thread(snapshot, revision, (*self._files, *applied.values()))
             prepared = await asyncio.to_thread(self._prepare, documents, self._prepared)
@@ -141,8 +160,25 @@ class Library:
         return authority.likely(workload=versions[0], caller=caller, named=named, grants=known.grants)
 
     async def _read_rows(self) -> tuple[int, Mapping[DocumentRow, Entry]]:
-        revision, rows = await self._rows.documents()
-        return revision, await asyncio.to_thread(self._read, rows)
+        found = await self._rows.documents()
+        await self._require_sealed(found)
+        return found.revision, await asyncio.to_thread(self._read, found.rows)
+
+    async def _require_sealed(self, found: DocumentSet) -> None:
+        """Note a set that is sealed; say once what is wrong with another."""
+        problem = await asyncio.to_thread(self._seal.problem, found)
+        if problem is None and self._seen is not None:
+            problem = step_back(self._seen, found)
+        if problem != self._problem:
+            counts = {"revision": found.revision, "documents": len(found.rows)}
+            if problem is None:
+                self._log.info("documents.sealed_again", **counts)
+            else:
+                self._log.error("documents.not_sealed", **counts, text=problem)
+        self._problem = problem
+        if problem is not None:
+            raise not_sealed()
+        self._seen = replace(found, rows=())
 
     def _read(self, rows: Sequence[DocumentRow]) -> Mapping[DocumentRow, Entry]:
         known = self._applied

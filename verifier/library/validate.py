@@ -38,6 +38,14 @@ class DocumentLibrary(Protocol):
         """
         ...
 
+    async def look(self) -> Documents:
+        """What is on file now, read anew whatever its revision.
+
+        Raises:
+            Unavailable: the store has no answer.
+        """
+        ...
+
     async def prepared(self, workload: Workload) -> Prepared:
         """A workload with its artefacts as they are on disk now."""
         ...

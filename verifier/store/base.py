@@ -23,6 +23,8 @@ from verifier.store.rows import (
     ChainedRecord,
     Checkpoint,
     DocumentRow,
+    DocumentSeal,
+    DocumentSet,
     Known,
     LaunchFilter,
     LaunchRow,
@@ -135,27 +137,49 @@ class Store(Protocol):
         """Of the documents; grows with every change of them, and of what `revise` is for. 0 in a new store."""
         ...
 
-    async def revise(self) -> None:
+    async def revise(self, seal: DocumentSeal) -> None:
         """Give the documents another revision: something beside the store changed by which launches are judged, too."""
         ...
 
-    async def documents(self) -> tuple[int, Sequence[DocumentRow]]:
-        """All versions of all documents that were not deleted, and their revision."""
+    async def documents(self) -> DocumentSet:
+        """All versions of all documents that were not deleted, as they stand at one moment."""
+        ...
+
+    async def seal_documents(self, reviewed: DocumentSet, seal: DocumentSeal, audit: AuditRow) -> Outcome:
+        """Seal documents that are not, as somebody has seen them; they get another revision.
+
+        Args:
+            reviewed: what was seen, its tag included.
+            seal: the seal.
+            audit: the record of it, `documents.sealed`.
+
+        Returns:
+            `DONE`, or `DOCUMENTS_CHANGED` where they are not what was seen.
+        """
         ...
 
     async def admin_request(self, key: RequestKey) -> AdminRequest | None:
         """The owner's request that was kept under `key`."""
         ...
 
+    # Who changes documents brings the seal: what they were before must be sealed (DOCUMENTS_NOT_SEALED is raised where
+    # it is not), and what they become is sealed in the same transaction. `revise` and `delete_secret` do it, too.
+
     async def apply_document(
-        self, document: DocumentRow, request: AdminRequest, audit: AuditRow, revision: int | None = None
+        self,
+        document: DocumentRow,
+        request: AdminRequest,
+        audit: AuditRow,
+        seal: DocumentSeal,
+        revision: int | None = None,
     ) -> Outcome:
         """Keep a version of a document.
 
         Args:
             document: the document.
             request: the request for it.
-            audit: the record of it.
+            audit: the record of it, `document.applied`.
+            seal: the seal.
             revision: of the documents that it was checked beside; None where it was checked beside none.
 
         Returns:
@@ -163,7 +187,9 @@ class Store(Protocol):
         """
         ...
 
-    async def delete_document(self, kind: str, name: str, request: AdminRequest, audit: AuditRow) -> Outcome:
+    async def delete_document(
+        self, kind: str, name: str, request: AdminRequest, audit: AuditRow, seal: DocumentSeal
+    ) -> Outcome:
         """Remove all versions of a document. `DONE`, `LOST` (there is none) or `REQUEST_TAKEN`."""
         ...
 
@@ -192,7 +218,7 @@ class Store(Protocol):
         """The newest version of each secret, by name; a page after the name `after`."""
         ...
 
-    async def delete_secret(self, name: str, request: AdminRequest, audit: AuditRow) -> Outcome:
+    async def delete_secret(self, name: str, request: AdminRequest, audit: AuditRow, seal: DocumentSeal) -> Outcome:
         """Erase all versions of a secret; the documents get another revision, as with `revise`.
 
         Returns:

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
+from typing import Protocol
 from uuid import UUID
 
-from common.audit.chain import record_fields
+from common.audit.chain import Head, Link, record_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +89,11 @@ class ChainedRecord:
     number: int
     hash: bytes
     record: AuditRow
+
+    @property
+    def link(self) -> Link:
+        """The record as the chain is verified by it."""
+        return Link(number=self.number, hash=self.hash, fields=self.record.members)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -356,6 +362,39 @@ class DocumentRow:
     text: bytes
     is_json: bool
     apply_time: datetime
+
+
+@dataclass(frozen=True, kw_only=True)
+class DocumentSet:
+    """All documents that owners applied, at one moment, and what they were sealed by.
+
+    Attributes:
+        revision: of the documents.
+        rows: all versions of all documents that were not deleted.
+        change: the last record of a change of documents; `GENESIS` before the first.
+        tag: what the set was sealed by, 32 bytes; None where it never was.
+    """
+
+    revision: int
+    rows: tuple[DocumentRow, ...]
+    change: Head
+    tag: bytes | None
+
+
+class DocumentSeal(Protocol):
+    """Tells a set of documents that was sealed from any other; comes with each transaction that changes documents."""
+
+    def require(self, found: DocumentSet) -> None:
+        """Return if the set is as it was sealed.
+
+        Raises:
+            Unavailable: it is not (DOCUMENTS_NOT_SEALED), and then nothing is changed.
+        """
+        ...
+
+    def tag(self, made: DocumentSet) -> bytes:
+        """What a set is sealed by, 32 bytes, whatever tag it has."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)

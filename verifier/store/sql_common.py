@@ -8,14 +8,14 @@ other:
 3. the caller (of a launch that is opened);
 4. the grant's ledger;
 5. terms, platform, the launch, the PDH; or the secret;
-6. the audit log's head, last: it is held the shortest.
+6. the audit log's head, last: it is held the shortest. After it, only the documents' seal, which the first lock guards.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from common.audit.chain import record_hash
+from common.audit.chain import Head, record_hash
 from verifier.store.engine import Engine, Row, Transaction, Value
 from verifier.store.rows import AuditRow, Outcome
 from verifier.store.sql_rows import AUDIT_COLUMNS, stamp
@@ -69,8 +69,8 @@ def locked_revision(transaction: Transaction, *, change: bool) -> int:
     return revision
 
 
-def append(transaction: Transaction, audit: AuditRow) -> None:
-    """Write an audit record at the end of the chain. Last in its transaction: others wait for the head."""
+def append(transaction: Transaction, audit: AuditRow) -> Head:
+    """Write an audit record at the end of the chain, which becomes its head. Late: others wait for the head."""
     head = transaction.row("SELECT number, hash, time FROM audit_head FOR UPDATE")
     if head is None:
         raise ValueError("the schema begins with a head")
@@ -86,3 +86,4 @@ def append(transaction: Transaction, audit: AuditRow) -> None:
         digest,
         time if head[2] is None else max(head[2], time),
     )
+    return Head(number=number, hash=digest)

@@ -7,8 +7,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from uuid import UUID
 
+from common.audit.chain import GENESIS, Head
 from verifier.store.engine import Row, Transaction, Value
-from verifier.store.rows import AdminRequest, AuditRow, DocumentRow, Outcome, RequestKey, SealedBlob, StoredSecret
+from verifier.store.rows import (
+    AdminRequest,
+    AuditRow,
+    DocumentRow,
+    DocumentSeal,
+    DocumentSet,
+    Outcome,
+    RequestKey,
+    SealedBlob,
+    StoredSecret,
+)
 from verifier.store.sql_common import Decided, OverEngine, append, locked_revision
 from verifier.store.sql_rows import (
     DOCUMENT_COLUMNS,
@@ -29,19 +40,26 @@ class Documents(OverEngine):
         row = await self._row("SELECT value FROM mark WHERE name='revision'")
         return 0 if row is None else row[0]
 
-    async def revise(self) -> None:
+    async def revise(self, seal: DocumentSeal) -> None:
         """See `Store`."""
         # The row's lock waits for whoever commits what was judged by the revision of before.
-        await self._engine.write("revise", _revise)
+        await self._engine.write("revise", lambda transaction: _revise(transaction, _sealed(transaction, seal), seal))
 
-    async def documents(self) -> tuple[int, Sequence[DocumentRow]]:
+    async def documents(self) -> DocumentSet:
         """See `Store`."""
-        # One statement: both halves are of the same moment.
-        rows = await self._rows(
-            f"SELECT value, {_OF_DOCUMENT} FROM mark LEFT JOIN document ON 1=1 WHERE mark.name='revision' "  # noqa: S608 -- constants
-            "ORDER BY kind, document.name, apply_time, version"
-        )
-        return rows[0][0], [document_of(row[1:]) for row in rows if row[1] is not None]
+        return await self._engine.read(_documents)
+
+    async def seal_documents(self, reviewed: DocumentSet, seal: DocumentSeal, audit: AuditRow) -> Outcome:
+        """See `Store`."""
+
+        def work(transaction: Transaction) -> None:
+            locked_revision(transaction, change=True)
+            if _documents(transaction) != reviewed:
+                raise Decided(Outcome.DOCUMENTS_CHANGED)
+            # What was seen is sealed, whatever somebody without regard for locks writes meanwhile.
+            _revise(transaction, reviewed, seal, audit)
+
+        return await self._decide("seal", work)
 
     async def admin_request(self, key: RequestKey) -> AdminRequest | None:
         """See `Store`."""
@@ -51,30 +69,31 @@ class Documents(OverEngine):
         return None if row is None else admin_request_of(key, row)
 
     async def apply_document(
-        self, document: DocumentRow, request: AdminRequest, audit: AuditRow, revision: int | None = None
+        self,
+        document: DocumentRow,
+        request: AdminRequest,
+        audit: AuditRow,
+        seal: DocumentSeal,
+        revision: int | None = None,
     ) -> Outcome:
         """See `Store`."""
+        place = (document.kind, document.name, document.version)
 
         def work(transaction: Transaction) -> Outcome:
-            now = locked_revision(transaction, change=True)
+            found = _sealed(transaction, seal)
             _take(transaction, request)
-            if revision not in {None, now}:
+            if revision not in {None, found.revision}:
                 raise Decided(Outcome.DOCUMENTS_CHANGED)
-            found = transaction.row(
-                "SELECT text, is_json FROM document WHERE kind=? AND name=? AND version=?",
-                *(document.kind, document.name, document.version),
-            )
-            if found is not None:
-                if (found[0], bool(found[1])) != (document.text, document.is_json):
-                    raise Decided(Outcome.CONFLICT)
-                return Outcome.UNCHANGED
+            for row in found.rows:
+                if (row.kind, row.name, row.version) == place:
+                    if (row.text, row.is_json) != (document.text, document.is_json):
+                        raise Decided(Outcome.CONFLICT)
+                    return Outcome.UNCHANGED
             transaction.change(
                 f"INSERT INTO document ({DOCUMENT_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)",  # noqa: S608 -- constants
-                *(document.kind, document.name, document.version, document.text, int(document.is_json)),
-                stamp(document.apply_time),
+                *(*place, document.text, int(document.is_json), stamp(document.apply_time)),
             )
-            _revise(transaction)
-            append(transaction, audit)
+            _revise(transaction, replace(found, rows=(*found.rows, document)), seal, audit)
             return Outcome.DONE
 
         try:
@@ -82,16 +101,18 @@ class Documents(OverEngine):
         except Decided as decided:
             return decided.outcome
 
-    async def delete_document(self, kind: str, name: str, request: AdminRequest, audit: AuditRow) -> Outcome:
+    async def delete_document(
+        self, kind: str, name: str, request: AdminRequest, audit: AuditRow, seal: DocumentSeal
+    ) -> Outcome:
         """See `Store`."""
 
         def work(transaction: Transaction) -> None:
-            locked_revision(transaction, change=True)
+            found = _sealed(transaction, seal)
             _take(transaction, request)
             if not transaction.change("DELETE FROM document WHERE kind=? AND name=?", kind, name):
                 raise Decided(Outcome.LOST)
-            _revise(transaction)
-            append(transaction, audit)
+            left = tuple(row for row in found.rows if (row.kind, row.name) != (kind, name))
+            _revise(transaction, replace(found, rows=left), seal, audit)
 
         return await self._decide("delete", work)
 
@@ -145,19 +166,19 @@ class Secrets(OverEngine):
         )
         return [secret_of(row) for row in rows]
 
-    async def delete_secret(self, name: str, request: AdminRequest, audit: AuditRow) -> Outcome:
+    async def delete_secret(self, name: str, request: AdminRequest, audit: AuditRow, seal: DocumentSeal) -> Outcome:
         """See `Store`."""
 
         def work(transaction: Transaction) -> None:
             # A release that read the secret before this must not come after it.
-            locked_revision(transaction, change=True)
+            found = _sealed(transaction, seal)
             _take(transaction, request)
             # The name's row first, as `put_secret` does: a version that is being put is erased too, or comes after.
             transaction.rows("SELECT last_version FROM secret_name WHERE name=? FOR UPDATE", name)
             if not transaction.change("DELETE FROM secret WHERE name=?", name):
                 raise Decided(Outcome.LOST)
-            _revise(transaction)
             append(transaction, audit)
+            _revise(transaction, found, seal)
 
         return await self._decide("delete-secret", work)
 
@@ -219,7 +240,15 @@ class Secrets(OverEngine):
         return bool(await self._engine.write("reseal", lambda transaction: transaction.change(sql, *values)))
 
 
-_OF_DOCUMENT = ", ".join(f"document.{name}" for name in DOCUMENT_COLUMNS.split(", "))
+# One statement: all of it is of the same moment. The events are the index's.
+_DOCUMENTS = (
+    "SELECT mark.value, document_seal.tag, changed.number, changed.hash, "  # noqa: S608 -- constants
+    f"{', '.join(f'document.{name}' for name in DOCUMENT_COLUMNS.split(', '))} FROM mark "
+    "LEFT JOIN document_seal ON 1=1 LEFT JOIN (SELECT number, hash FROM audit "
+    "WHERE event IN ('document.applied', 'document.deleted', 'documents.sealed') ORDER BY number DESC LIMIT 1) "
+    "AS changed ON 1=1 LEFT JOIN document ON 1=1 WHERE mark.name='revision' "
+    "ORDER BY kind, document.name, apply_time, version"
+)
 _SECRET = f"SELECT {SECRET_COLUMNS} FROM secret WHERE name=?"  # noqa: S608 -- constants
 
 _KEYS = (
@@ -261,8 +290,38 @@ def _take(transaction: Transaction, request: AdminRequest) -> None:
         raise Decided(Outcome.REQUEST_TAKEN)
 
 
-def _revise(transaction: Transaction) -> None:
-    transaction.change("UPDATE mark SET value=value+1 WHERE name='revision'")
+def _documents(transaction: Transaction) -> DocumentSet:
+    rows = transaction.rows(_DOCUMENTS)
+    revision, tag, number, digest = rows[0][:4]
+    return DocumentSet(
+        revision=revision,
+        rows=tuple(document_of(row[4:]) for row in rows if row[4] is not None),
+        change=GENESIS if number is None else Head(number=number, hash=digest),
+        tag=tag,
+    )
+
+
+def _sealed(transaction: Transaction, seal: DocumentSeal) -> DocumentSet:
+    """The documents, which nobody changes before the transaction ends; they are as they were sealed."""
+    locked_revision(transaction, change=True)
+    found = _documents(transaction)
+    seal.require(found)
+    return found
+
+
+def _revise(transaction: Transaction, new: DocumentSet, seal: DocumentSeal, audit: AuditRow | None = None) -> None:
+    """Give documents another revision, with the record where they were changed, and seal them.
+
+    `new` is what was found sealed and what this transaction did to it, not what it reads again: somebody without regard
+    for locks may have written meanwhile.
+    """
+    change = new.change if audit is None else append(transaction, audit)
+    new = replace(new, revision=new.revision + 1, change=change)
+    transaction.change("UPDATE mark SET value=? WHERE name='revision'", new.revision)
+    transaction.change(
+        "INSERT INTO document_seal (one, tag) VALUES (1, ?) ON CONFLICT (one) DO UPDATE SET tag=excluded.tag",
+        seal.tag(new),
+    )
 
 
 def _with_version(text: str, version: int) -> str:

@@ -8,11 +8,11 @@ from pathlib import Path
 from uuid import UUID
 
 from verifier.store import sqlite_file
-from verifier.store.engine import no_step
+from verifier.store.engine import T, Transaction, no_step
 from verifier.store.rows import AuditRow
 from verifier.store.sql_rows import AUDIT_COLUMNS, audit_of
 from verifier.store.sql_store import SqlStore
-from verifier.store.sqlite_engine import SqliteEngine
+from verifier.store.sqlite_engine import SqliteEngine, SqliteTransaction
 
 
 class SqliteStore(SqlStore):
@@ -23,23 +23,37 @@ class SqliteStore(SqlStore):
         super().__init__(SqliteEngine(folder, on_step))
 
 
-class SqliteReader:
-    """What a command reads beside the process that serves from the file."""
+class SqliteReading:
+    """The `Engine` for what a command reads beside the process that serves: the file is opened for each question."""
+
+    dialect = "sqlite"
 
     def __init__(self, folder: Path) -> None:
-        """Remember where the file is; it is opened for each question."""
+        """Remember where the file is."""
         self._path = folder / sqlite_file.FILE_NAME
 
-    async def generated(self, launch_id: UUID) -> bytes | None:
-        """See `Store`."""
+    async def open(self) -> None:
+        """See `Engine`."""
+
+    async def close(self) -> None:
+        """See `Engine`."""
+
+    async def read(self, work: Callable[[Transaction], T]) -> T:
+        """See `Engine`."""
         connection = sqlite_file.connect_reader(self._path)
         try:
-            row = connection.execute("SELECT generated FROM launch WHERE launch_id=?", (str(launch_id),)).fetchone()
+            return work(SqliteTransaction(connection))
         except sqlite3.Error as error:
             raise sqlite_file.store_unavailable(error, "be read") from error
         finally:
             connection.close()
-        return None if row is None else row[0]
+
+    async def write(self, name: str, work: Callable[[Transaction], T]) -> T:
+        """Nothing is written beside that process."""
+        raise NotImplementedError
+
+    async def flush(self) -> None:
+        """Nothing was erased."""
 
 
 def read_audit(path: Path, launch_id: UUID | None) -> list[AuditRow]:

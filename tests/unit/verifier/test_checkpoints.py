@@ -211,7 +211,7 @@ async def test_a_log_that_cannot_be_read_is_not_called_broken(
             time=dependencies.time,
             sealing=dependencies.sealing,
             checkpoints=signing,
-            renew=d.library.current,
+            documents=d.library.look,
             interval=3600,
             ready=lambda cause, ready: None if ready else unready.append(cause),
             log=log,

@@ -107,7 +107,7 @@ async def test_documents_that_cannot_be_used_are_counted_by_their_kind(tmp_path:
         assert page.values("kind") == {"Workload", "Grant", "Platform", "Revocation"}
         for kind in ("Grant", "Revocation"):
             row = document("newer", text=b"{}", kind=kind)
-            await d.store.apply_document(row, admin_request(), audit("document.applied"))
+            await d.store.apply_document(row, admin_request(), audit("document.applied"), d.dependencies.seal)
         (d.documents / "kernel").unlink()
         await d.library.load()
         page = await page_of(meter)

@@ -31,7 +31,7 @@ async def swept(d: Desk) -> AsyncIterator[list[tuple[str, bool]]]:
             checkpoints=chores.Checkpoints(
                 store=d.store, signer=deps.signer, issuer=VERIFIER, time=deps.time, config=AuditConfig()
             ),
-            renew=d.library.current,
+            documents=d.library.current,
             interval=0,
             ready=lambda cause, ready: said.append((cause, ready)),
             log=d.log,

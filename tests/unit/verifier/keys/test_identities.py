@@ -20,7 +20,7 @@ from tests.support.recording_log import RecordingLog
 from verifier.keys.base import identity_place
 from verifier.keys.file import FileKey
 from verifier.keys.identities import load_identities
-from verifier.keys.signer import Pseudonyms, Signer
+from verifier.keys.signer import DocumentKey, Pseudonyms, Signer
 
 KEY = FileKey(b"k" * 32)
 
@@ -53,7 +53,7 @@ async def test_the_keys_are_made_once_and_kept_sealed() -> None:
     assert again.signer.kid == first.signer.kid
     assert again.pseudonyms.of("chip") == first.pseudonyms.of("chip")
     assert store.blobs == blobs
-    assert set(blobs) == {"signing", "pseudonym"}
+    assert set(blobs) == {"signing", "pseudonym", "documents"}
     assert KEY.unseal(blobs["pseudonym"], identity_place("pseudonym")) not in blobs["pseudonym"]
 
 
@@ -147,6 +147,9 @@ def test_a_signer_never_shows_its_key_and_takes_no_other_curve() -> None:
         assert str(private) not in shown
         assert f"{private:x}" not in shown
     assert "ppp" not in repr(Pseudonyms(b"p" * 32))
+    assert "ddd" not in repr(DocumentKey(b"d" * 32))
+    with pytest.raises(ValueError, match="32 bytes"):
+        DocumentKey(b"d" * 33)
     assert verify_jws(
         signer.sign({"a": 1}, typ="t"), read_key_set(json.dumps(signer.jwks()).encode()), typ="t"
     ).claims == {"a": 1}

@@ -54,13 +54,13 @@ class Site:
 
     async def apply_elsewhere(self, content: dict[str, Any]) -> None:
         """Apply a document at another replica: this one learns of it when it looks."""
-        library = Library(self.desk.documents, self.desk.store, self.desk.log)
+        library = Library(self.desk.documents, self.desk.store, self.desk.dependencies.seal, self.desk.log)
         desks = owner_desks(self.desk.dependencies, library)
         await desks.documents.apply(Asked(caller=OWNER, request_id=uuid4()), yaml.safe_dump(content).encode())
 
     async def spend(self, name: str, row: LedgerRow) -> None:
         """Put a grant's ledger as it is to stand."""
-        audit = self.desk.dependencies.records.row(AuditEvent.DOCUMENT_APPLIED, time=self.desk.clock.now(), caller=None)
+        audit = self.desk.dependencies.records.row(AuditEvent.REPORT_VERIFIED, time=self.desk.clock.now(), caller=None)
         await self.desk.store.record(audit, Spending(grant=name, change=lambda _: row))
 
 
@@ -91,7 +91,7 @@ async def test_a_spent_grant_makes_no_work(site_of: Callable[..., Any], how: str
     if reason in {Reason.GRANT_EXHAUSTED, Reason.GRANT_SUSPENDED}:
         assert (event, body["findings"][0]["reason"], body["platform"]) == ("launch.begin_refused", reason, None)
     else:
-        assert event == "document.applied"
+        assert event == "report.verified"
         assert len(site.desk.log.named("launch.begin_postponed")) == 1
     # The same grant, not spent.
     await site.spend("g", LedgerRow())

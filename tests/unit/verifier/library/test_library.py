@@ -17,6 +17,7 @@ from tests.support.documents import workload as document
 from tests.support.eventually import until
 from tests.support.firmware import amdsev_image, reset_entry, with_footer
 from tests.support.recording_log import RecordingLog
+from tests.support.store_rows import SEAL
 from verifier.appraisal.reference import freeze
 from verifier.documents.text import InvalidDocument
 from verifier.library.artefacts import ArtefactShelf
@@ -37,7 +38,7 @@ class Shelf:
     def __init__(self, folder: Path, rows: AppliedDocuments | None = None, log: RecordingLog | None = None) -> None:
         self.rows = rows or AppliedDocuments()
         self.log = log or RecordingLog()
-        self.library = Library(folder, self.rows, self.log)
+        self.library = Library(folder, self.rows, SEAL, self.log)
 
     async def in_force(self, name: str) -> Prepared | None:
         return await self.library.in_force(await self.library.current(), name)
@@ -76,7 +77,7 @@ async def test_a_new_snapshot_is_in_force_only_after_what_has_to_come_before_it(
         if documents.grants:
             await let_go.wait()
 
-    library = Library(folder, rows, RecordingLog(), before=before)
+    library = Library(folder, rows, SEAL, RecordingLog(), before=before)
     old = await library.load()
     rows.apply(grant())
     decisions = [asyncio.create_task(library.current()) for _ in range(3)]

@@ -23,6 +23,7 @@ from tests.support.documents import (
     write_document,
 )
 from tests.support.recording_log import RecordingLog
+from tests.support.store_rows import SEAL
 from verifier.documents.text import InvalidDocument
 from verifier.library.library import Library
 from verifier.library.validate import Checked, check_document
@@ -41,7 +42,7 @@ class Owner:
         return any(name == known and version in {None, number} for known, number in self.secrets)
 
     async def check(self, content: dict[str, Any]) -> Checked:
-        library = Library(self.folder, self.rows, RecordingLog())
+        library = Library(self.folder, self.rows, SEAL, RecordingLog())
         text = json.dumps(content).encode()
         return await check_document(library, text, is_json=True, has_secret=self.has_secret)
 

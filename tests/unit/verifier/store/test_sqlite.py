@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import InvalidInput, Reason, Unavailable
-from tests.support.store_rows import GENERATED, TEK, TIK, admin_request, audit, opening, release, sealed
+from tests.support.store_rows import GENERATED, SEAL, TEK, TIK, admin_request, audit, opening, release, sealed
 from verifier.store.rows import Outcome
 from verifier.store.sqlite import SqliteStore, read_audit
 from verifier.store.sqlite_engine import SqliteEngine
@@ -187,7 +187,7 @@ async def test_an_erased_secret_is_gone_from_every_file(store: SqliteStore, tmp_
     await store.put_secret("disk", lambda _version: blob, 9, admin_request(), audit("secret.put"))
     await store.flush_erased()
     assert blob in (tmp_path / "state" / FILE_NAME).read_bytes()
-    assert await store.delete_secret("disk", admin_request(), audit("secret.deleted")) is Outcome.DONE
+    assert await store.delete_secret("disk", admin_request(), audit("secret.deleted"), SEAL) is Outcome.DONE
     await store.flush_erased()
     assert not [path for path in (tmp_path / "state").iterdir() if blob in path.read_bytes()]
 
