@@ -14,8 +14,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Coroutine, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from uuid import UUID
 
@@ -28,29 +27,24 @@ from common.telemetry.log import Log
 from common.telemetry.metrics import UNMEASURED
 from verifier import admin_service, chores, parts, service
 from verifier.admin.desks import owner_desks
-from verifier.appraisal.revoked import join
-from verifier.config import AdminConfig, Config, load_config, until_restart
-from verifier.keys.base import SealingKey
+from verifier.config import AdminConfig, load_config, until_restart
+from verifier.exchange import Denied, Keys
 from verifier.keys.identities import Identities, load_identities
-from verifier.keys.keyring import Keyring
 from verifier.keys.rewrap import Rewrap
 from verifier.launches.allowances import Allowances
 from verifier.launches.broker import Broker
 from verifier.launches.dependencies import Dependencies, no_step
-from verifier.launches.platforms import DenyList, PlatformVerifier
+from verifier.launches.platforms import PlatformVerifier
 from verifier.launches.records import Recorder
 from verifier.launches.release import Releaser
 from verifier.launches.reports import ReportVerifier
 from verifier.launches.timekeeper import Timekeeper
-from verifier.library.documents import Documents
 from verifier.library.library import Library
 from verifier.library.sealed import DocumentSeal
 from verifier.readings import Readings
 
 GRACE_S = 15.0
 _GC_THRESHOLD = 10_000  # new objects between two looks: some twenty launches
-# Decisions wait for it when an owner revokes chips by their ids.
-RESOLVE_WITHIN_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,14 +82,6 @@ class Addresses:
     admin: str | None
 
 
-@dataclass
-class _Wakers:
-    """What chores are woken by before their time."""
-
-    denied: asyncio.Event = field(default_factory=asyncio.Event)
-    keys: asyncio.Event = field(default_factory=asyncio.Event)
-
-
 class App:
     """One verifier process."""
 
@@ -110,22 +96,17 @@ class App:
         self._world = surroundings
         self._config = load_config(config_path, surroundings.environ)
         self._roots, self._named = parts.trusted_roots(self._config)
-        self._keys = parts.sealing_keys(self._config)
-        self._keyring = Keyring(self._keys[0], self._keys[1:])
-        self._denied_chips = self._config.platforms.denied_chips
-        self._revoked_chips: frozenset[str] = frozenset()
-        self._denied = DenyList()
-        self._unasked: frozenset[str] = frozenset()  # denied by their ids, and the key service was not asked yet
         self._store = parts.make_store(self._config, surroundings.on_step)
+        self._keys = Keys(self._config, self._store, log, self._task)
         self._service = parts.make_key_service(self._config, self._roots)
+        self._denied = Denied(self._config, None if self._service is None else self._resolve)
         self._metrics = None if self._config.metrics is None else Endpoint(self._config.metrics, log)
         self._meter = UNMEASURED if self._metrics is None else self._metrics.meter
-        self._wakers = _Wakers()
         self._server: Server | None = None
         self._admin: Server | None = None
         self._checkpoints: chores.Checkpoints | None = None
         self._chores: set[asyncio.Task[None]] = set()
-        self._refreshers: dict[bytes, asyncio.Task[None]] = {}
+        self._reloading = asyncio.Lock()
         self._seal: DocumentSeal  # these two from the start on: the seal's key is in the store
         self._library: Library
         self._started = asyncio.Event()
@@ -140,10 +121,8 @@ class App:
         config = self._config
         await self._store.open()
         try:
-            for key in parts.token_keys(self._keys):
-                await key.refresh()
-            await self._require_keys(self._keyring.key_ids)
-            identities = await load_identities(self._store, self._keyring, self._world.random, self._log)
+            await self._keys.open()
+            identities = await load_identities(self._store, self._keys.ring, self._world.random, self._log)
             self._seal = DocumentSeal(identities.documents.tag)
             sealed = await self._load()
             self._server = Server(
@@ -177,7 +156,7 @@ class App:
 
     async def _load(self) -> bool:
         """Read all documents; False where the store's are not as they were sealed: then only owners get answers."""
-        self._library = Library(self._config.documents, self._store, self._seal, self._log, before=self._renew_denied)
+        self._library = Library(self._config.documents, self._store, self._seal, self._log, before=self._denied.revoke)
         try:
             await self._library.load()
         except Unavailable as error:
@@ -199,24 +178,6 @@ class App:
         admin_service.add_to(self._admin, admin_service.AdminServicer(desks))
         return await self._admin.start()
 
-    def _keep_fresh(self, keys: tuple[SealingKey, ...]) -> None:
-        """Have the token asked for its keys again and again, and for those no more that are not in use."""
-        tokens = {key.key_id: key for key in parts.token_keys(keys)}
-        for gone in self._refreshers.keys() - tokens.keys():
-            self._refreshers.pop(gone).cancel()
-        for key_id in tokens.keys() - self._refreshers.keys():
-            self._refreshers[key_id] = self._task(tokens[key_id].keep_fresh(self._log))
-
-    async def _require_keys(self, known: frozenset[bytes]) -> None:
-        strange = await self._store.sealing_keys() - known
-        if strange:
-            missing, given = (", ".join(sorted(key.hex() for key in keys)) for keys in (strange, known))
-            raise InvalidInput(
-                Reason.INVALID_CONFIGURATION,
-                f"key_file: what is stored is sealed under another key ({missing}) than the configured {given}",
-                hint="name that key file in older_key_files; it is needed until everything is sealed under the new one",
-            )
-
     def _dependencies(self, server: Server, identities: Identities) -> Dependencies:
         world, config = self._world, self._config
 
@@ -227,13 +188,13 @@ class App:
             store=self._store,
             library=self._library,
             platforms=PlatformVerifier(self._roots, self._service, self._log, world.clock),
-            denied=self._denied,
-            sealing=self._keyring,
+            denied=self._denied.chips,
+            sealing=self._keys.ring,
             signer=identities.signer,
             pseudonyms=identities.pseudonyms,
             seal=self._seal,
             issuer=str(server.identity),
-            secrets=parts.make_secrets(config, self._store, self._keyring, world.random, self._log),
+            secrets=parts.make_secrets(config, self._store, self._keys.ring, world.random, self._log),
             time=Timekeeper(world.clock, self._store.last_time),
             records=Recorder(self._log, new_id, self._meter),
             allowances=Allowances(config.limits.allowance),
@@ -270,10 +231,11 @@ class App:
             readings = Readings(dependencies, self._library, self._checkpoints)
             readings.watch_with(self._meter)
             self._spawn(readings.keep(self._config.limits.sweep_interval))
-        self._keep_fresh(self._keys)
-        self._spawn(chores.rewrap(Rewrap(self._store, self._keyring, log), self._wakers.keys, log))
+        self._keys.keep_fresh()
+        self._spawn(chores.rewrap(Rewrap(self._store, self._keys.ring, log), self._keys.changed, log))
         if self._service is not None:
-            self._spawn(chores.resolve_denied(self._denied, self._service, self._roots, self._wakers.denied, log))
+            chips, changed = self._denied.chips, self._denied.changed
+            self._spawn(chores.resolve_denied(chips, self._service, self._roots, changed, log))
 
     def _banner(self, addresses: Addresses) -> None:
         for path, root in self._named:
@@ -292,7 +254,7 @@ class App:
             address=addresses.launches,
             admin=addresses.admin,
             roots=[root.generation for root in self._roots],
-            sealing=self._keyring.key_id.hex(),
+            sealing=self._keys.ring.key_id.hex(),
             store="sqlite" if self._config.store is None else "postgres",
             kds=None if self._config.kds is None else self._config.kds.source,
         )
@@ -318,29 +280,18 @@ class App:
             if server is not None:
                 server.health.set(cause, ready=ready)
 
-    async def _renew_denied(self, documents: Documents) -> None:
-        """Have the chips of the owner's revocations known by their keys too, as those of the configuration are.
-
-        Before the documents count: a host can leave its chip's id out. What the key service does not answer in time is
-        left to the chore. Who is cancelled meanwhile leaves it to whoever looks at the documents next.
-        """
-        self._revoked_chips = join(documents.revocations.values()).chips
-        self._deny()
-        if self._unasked and self._service is not None:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(RESOLVE_WITHIN_S):
-                    await self._denied.resolve(self._service, self._roots, self._log, only=self._unasked)
-            self._unasked = frozenset()
-
-    def _deny(self) -> None:
-        new = self._denied.set_owners({*self._denied_chips, *self._revoked_chips})
-        if new:
-            self._unasked |= new
-            self._wakers.denied.set()
+    async def _resolve(self, chips: frozenset[str]) -> None:
+        if self._service is not None:
+            await self._denied.chips.resolve(self._service, self._roots, self._log, only=chips)
 
     async def reload(self) -> None:
         """Read configuration and documents again, each for itself; what is bad changes nothing and is logged."""
         await self._started.wait()
+        # Of two SIGHUPs close together the later one ends last: what it read stays.
+        async with self._reloading:
+            await self._reload()
+
+    async def _reload(self) -> None:
         good = await self._reload_config()
         try:
             await self._library.load()
@@ -354,7 +305,7 @@ class App:
             good = False
             self._log.error("store.unavailable", error=error)
         if good:
-            self._log.info("verifier.reloaded", sealing=self._keyring.key_id.hex())
+            self._log.info("verifier.reloaded", sealing=self._keys.ring.key_id.hex())
 
     async def _reload_config(self) -> bool:
         try:
@@ -364,27 +315,13 @@ class App:
             return False
         if waiting := until_restart(self._config, config):
             self._log.warning("configuration.waits", settings=waiting, text="these count after a restart only")
-        self._denied_chips = config.platforms.denied_chips
-        self._deny()
+        self._denied.configure(config)
         try:
-            await self._reload_keys(config)
+            await self._keys.reload(config)
         except SevattestError as error:
             self._log.error("keys.refused", error=error)
             return False
         return True
-
-    async def _reload_keys(self, config: Config) -> None:
-        """Put other keys in place, once each of them opens and all that is stored has its key among them."""
-        known = {key.key_id: key for key in self._keys}
-        keys = tuple(known.get(key.key_id, key) for key in parts.sealing_keys(config))
-        for key in parts.token_keys(keys):
-            if key.key_id not in known:
-                await key.refresh()
-        await self._require_keys(frozenset(key.key_id for key in keys))
-        self._keyring.reload(keys[0], keys[1:])
-        self._keys = keys
-        self._keep_fresh(keys)
-        self._wakers.keys.set()
 
     async def stop(self) -> None:
         """Take no more calls, let those under way end, sign the log's head, close the store."""

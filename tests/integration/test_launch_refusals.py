@@ -136,7 +136,7 @@ def test_a_launch_that_goes_well_prints_seven_lines_and_ends_with_0(cluster: Clu
 def test_the_json_of_a_launch_that_goes_well_is_one_object(cluster: Cluster) -> None:
     told, code = cluster.json(GUEST, WORKLOAD)
     assert code == 0
-    assert UUID(told["launch_id"]).version == 4
+    assert UUID(told["launch_id"]).version == 7
     assert told["state"] == "running"
     assert told["reason"] is None
     assert (told["platform"]["generation"], told["platform"]["api"], told["platform"]["build"]) == (

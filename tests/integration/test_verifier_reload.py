@@ -171,7 +171,7 @@ async def test_a_chip_that_the_configuration_denies_by_its_id_is_known_by_its_ke
 ) -> None:
     deny(site, site.platform.chip_id.hex())
     async with serving(site) as (app, _, _):
-        assert app._denied.why(site.platform.chain.cek.fingerprint.hex()) is not None
+        assert app._denied.chips.why(site.platform.chain.cek.fingerprint.hex()) is not None
 
 
 async def test_an_owner_who_hangs_up_while_chips_are_looked_up_leaves_none_of_them_unknown(
