@@ -29,12 +29,9 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
-from importlib.metadata import version
-from typing import Any
 from uuid import UUID
 from weakref import WeakValueDictionary
 
-from common.audit.jws import RECEIPT_TYPE
 from common.errors import WrongState, known_reason
 from common.sev.abi import MINIMUM_API
 from common.sev.measurement import FirmwareVersion, match
@@ -63,9 +60,9 @@ from verifier.launches.steps import (
     settle,
     unknown_launch,
 )
+from verifier.launches.testimony import notes, platform_words, shape_words, signed_receipt, workload_words
 from verifier.library.documents import Documents
-from verifier.secrets.receipt import receipt_claims
-from verifier.secrets.release import LISTED, NOT_MEASURED, build_packet, generated_secrets
+from verifier.secrets.release import build_packet, generated_secrets
 from verifier.store.rows import (
     AuditRow,
     Known,
@@ -80,8 +77,6 @@ from verifier.store.rows import (
 )
 
 REPEATS = timedelta(hours=24)
-EMULATED = "emulated"
-BUILD = f"sev-verifier {version('sevattest')}"
 # A search takes about a second of one core; whoever waits longer for its turn is recorded without one.
 EXPLAIN_WAIT_S = 5.0
 # Terms that are kept in memory, at most some 50 KB each: an owner's workloads that are launched now.
@@ -261,7 +256,8 @@ class Releaser:
     ) -> Released | None:
         row, audit_id = case.row, self._d.records.new_id()
         launch_id = row.launch_id
-        receipt = self._receipt(case, now, reference, audit_id)
+        firmware = case.request.firmware
+        receipt = signed_receipt(self._d, row, case.terms, reference, audit_id=audit_id, time=now, firmware=firmware)
         packet = Packet(header=sealed.header, payload=sealed.payload, receipt=receipt)
         audit = self._d.records.row(
             AuditEvent.RELEASED,
@@ -269,15 +265,15 @@ class Releaser:
             caller=row.caller,
             launch_id=launch_id,
             audit_id=audit_id,
-            workload=_workload(case.terms),
+            workload=workload_words(case.terms),
             grant=row.grant,
-            platform=self._platform(row),
+            platform=platform_words(self._d, row),
             policy=str(case.terms.guest_policy),
-            firmware=str(case.request.firmware),
-            shape=_shape(case.terms, reference),
+            firmware=str(firmware),
+            shape=shape_words(case.terms, reference),
             launch_digest=reference.digest.hex(),
             guids=[str(secret.guid) for secret in case.terms.secrets],
-            notes=self._notes(case.terms),
+            notes=notes(self._d, case.terms),
         )
         move = Move(  # step 8
             launch_id=launch_id,
@@ -295,8 +291,8 @@ class Releaser:
             audit=audit,
             revision=case.documents.revision,
             spending=settle(row, ledger.released),
-            firmware=case.request.firmware,
-            sighting=PdhSighting(pdh_fingerprint=row.pdh_fingerprint, firmware=case.request.firmware),
+            firmware=firmware,
+            sighting=PdhSighting(pdh_fingerprint=row.pdh_fingerprint, firmware=firmware),
         )
         if await self._commit(move) is not Outcome.DONE:
             return None
@@ -315,9 +311,9 @@ class Releaser:
             launch_id=row.launch_id,
             reason=reason,
             findings=findings,
-            workload=_workload(case.terms),
+            workload=workload_words(case.terms),
             grant=row.grant,
-            platform=self._platform(row),
+            platform=platform_words(self._d, row),
             policy=str(case.terms.guest_policy),
             claimed_firmware=str(firmware),
             explanation=None if account is None else asdict(account),
@@ -386,53 +382,6 @@ class Releaser:
             self._d.records.log(move.audit)
         return outcome
 
-    def _notes(self, terms: Terms) -> tuple[str, ...]:
-        single = ("one CA stands for both sites: the datacenter could make an owner's identity",)
-        return (*terms.notes, *(single if self._d.single_ca else ()))
-
-    def _receipt(self, case: _Case, now: datetime, reference: Reference, audit_id: UUID) -> str:
-        terms, row = case.terms, case.row
-        claims = receipt_claims(
-            issuer=self._d.issuer,
-            build=BUILD,
-            launch_id=row.launch_id,
-            audit_id=audit_id,
-            time=now,
-            caller=row.caller,
-            grant=row.grant,
-            workload=_workload(terms),
-            policy=terms.guest_policy,
-            shape=_shape(terms, reference),
-            digest=reference.digest,
-            firmware=case.request.firmware,
-            generation=row.generation,
-            emulated=row.generation == EMULATED,
-            chip=self._d.pseudonyms.of(row.fingerprint),
-            recognized=terms.recognized,
-            guids=[secret.guid for secret in terms.secrets],
-            notes=self._notes(terms),
-        )
-        return self._d.signer.sign(claims, typ=RECEIPT_TYPE)
-
-    def _platform(self, row: LaunchRow) -> dict[str, Any]:
-        return {
-            "generation": row.generation,
-            "emulated": row.generation == EMULATED,
-            "chip": self._d.pseudonyms.of(row.fingerprint),
-        }
-
 
 def _released(launch: Launch, packet: Packet) -> Released:
     return Released(launch=launch, header=packet.header, payload=packet.payload, receipt=packet.receipt)
-
-
-def _shape(terms: Terms, reference: Reference) -> dict[str, Any]:
-    if reference.label is not None:
-        return {"label": reference.label, "note": LISTED}
-    if terms.plain_sev:
-        return {"note": NOT_MEASURED}
-    return {"vcpus": reference.vcpus, "cpu": reference.cpu, "flavour": reference.flavour}
-
-
-def _workload(terms: Terms) -> dict[str, str]:
-    return {"name": terms.workload, "version": terms.version, "document_sha256": terms.document}
