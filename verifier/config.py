@@ -65,7 +65,7 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     Attributes:
         postgres: a file that holds a PostgreSQL connection string (libpq's form), readable by its owner alone.
-        connections: to it from this process, 1 to 64.
+        connections: to it from this process, 2 to 64: one writes, the others read.
         schema: the schema in the database that holds the tables; made where it is not there.
     """
 
@@ -75,8 +75,8 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     def __post_init__(self) -> None:
         """Refuse what would serve nobody."""
-        if not 1 <= self.connections <= 64:
-            raise InvalidInput(Reason.INVALID_CONFIGURATION, "connections: must be 1 to 64")
+        if not 2 <= self.connections <= 64:
+            raise InvalidInput(Reason.INVALID_CONFIGURATION, "connections: must be 2 to 64")
 
 
 class Pkcs11Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -53,7 +53,7 @@ def make_store(config: Config, on_step: Callable[[str], None] = no_step) -> SqlS
 
 def _postgres(store: StoreConfig, on_step: Callable[[str], None] = no_step) -> PostgresStore:
     dsn = read_private(store.postgres, _DSN_MAX).decode("utf-8", "replace").strip()
-    return PostgresStore(dsn, on_step, schema=store.schema, threads=store.connections)
+    return PostgresStore(dsn, on_step, schema=store.schema, connections=store.connections)
 
 
 def sealing_keys(config: Config) -> tuple[SealingKey, ...]:

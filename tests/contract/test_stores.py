@@ -274,6 +274,17 @@ async def test_packets_are_erased_and_the_launch_stays(store: SqlStore) -> None:
     assert (row.state, row.packet) == ("released", None)
 
 
+async def test_many_packets_are_erased_a_few_at_a_time(store: SqlStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("verifier.store.sql_launches._ERASED_MAX", 2)
+    for ended in (NOW, NOW, NOW, NOW, NOW + timedelta(seconds=1)):
+        new = opening()
+        await store.open_launch(new)
+        await store.move(replace(release(new.launch.launch_id), time=ended))
+    assert await store.erase_packets(NOW) == 4
+    assert await store.erase_packets(NOW) == 0
+    assert await store.erase_packets(NOW + timedelta(seconds=1)) == 1
+
+
 async def test_a_pdh_keeps_the_oldest_firmware_that_it_was_used_under(store: SqlStore) -> None:
     for firmware, oldest in (
         ((1, 55, 24), (1, 55, 24)),
@@ -415,8 +426,8 @@ async def test_the_schema_refuses_a_launch_that_cannot_be(store: SqlStore, state
     new = opening()
     await store.open_launch(new)
 
-    def work(transaction: Transaction) -> int:
-        return transaction.change(statement)
+    async def work(transaction: Transaction) -> int:
+        return await transaction.change(statement)
 
     with pytest.raises(Unavailable):
         await store._engine.write("vandal", work)

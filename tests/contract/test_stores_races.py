@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
 
@@ -189,9 +189,10 @@ async def test_a_document_that_many_apply_is_one_document(replicas: Sequence[Sql
 
 @pytest.mark.parametrize("place", ["postgres"], indirect=True)
 async def test_documents_do_not_change_between_a_judgement_and_its_commit(
-    place: Place, store: SqlStore, postgres_server: Server
+    place: Place, store: SqlStore, postgres_server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A kill switch that was answered is in force: no launch that was judged before it is committed after it."""
+    monkeypatch.setattr("verifier.store.postgres_engine.SILENCE_S", 60)
     reached, go_on = threading.Event(), threading.Event()
 
     def on_step(step: str) -> None:
@@ -199,23 +200,31 @@ async def test_documents_do_not_change_between_a_judgement_and_its_commit(
             reached.set()
             assert go_on.wait(timeout=30)
 
-    slow = place.store(on_step)
-    await slow.open()
+    async def slowly(work: Callable[[SqlStore], Awaitable[Outcome]]) -> Outcome:
+        slow = place.store(on_step)
+        await slow.open()
+        outcome = await work(slow)
+        await slow.close()
+        return outcome
+
     new = opening()
-    for revision, work in enumerate((slow.open_launch(new), slow.move(release(new.launch.launch_id, revision=1)))):
+    works: list[Callable[[SqlStore], Awaitable[Outcome]]] = [
+        lambda slow: slow.open_launch(new),
+        lambda slow: slow.move(release(new.launch.launch_id, revision=1)),
+    ]
+    for revision, work in enumerate(works):
         reached.clear()
         go_on.clear()
-        judged = asyncio.create_task(work)
+        judged = asyncio.create_task(asyncio.to_thread(asyncio.run, slowly(work)))
         assert await asyncio.to_thread(reached.wait, 30)
         applied = document(version=str(revision)), admin_request(), audit("document.applied"), SEAL
         switch = asyncio.create_task(store.apply_document(*applied))
-        waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type='Lock' AND query LIKE '%revision%'"
+        waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type='Lock' AND query LIKE '%advisory%'"
         await until(lambda: switch.done() or postgres_server.sql(waiting) == "1")  # noqa: B023 -- awaited here
         assert not switch.done()
         go_on.set()
         assert await judged is Outcome.DONE
         assert await switch is Outcome.DONE
-    await slow.close()
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import pytest
 from common.errors import InvalidInput, Unavailable
 from tests.support.postgres import Server
 from tests.support.store_rows import audit
+from verifier.store.engine import Transaction
 from verifier.store.postgres import PostgresStore
 
 
@@ -28,16 +29,19 @@ async def test_a_server_that_answers_before_a_commit_is_durable_is_refused(
 async def test_a_server_that_waits_for_more_than_durable_is_taken(shared: Callable[..., PostgresStore]) -> None:
     store = shared("options='-c synchronous_commit=remote_apply'")
     await store.open()
-    settings = ("synchronous_commit", "transaction_isolation", "statement_timeout", "lock_timeout")
-    shown = await store._engine.read(
-        lambda transaction: {name: transaction.rows(f"SHOW {name}")[0][0] for name in settings}
-    )
-    assert shown == {
+    expected = {
         "synchronous_commit": "remote_apply",
         "transaction_isolation": "read committed",
         "statement_timeout": "10s",
         "lock_timeout": "5s",
+        "idle_in_transaction_session_timeout": "3s",
     }
+
+    async def look(transaction: Transaction) -> dict[str, str]:
+        return {name: (await transaction.rows(f"SHOW {name}"))[0][0] for name in expected}
+
+    assert await store._engine.read(look) == expected
+    assert await store._engine.write("look", look) == expected
     await store.close()
 
 

@@ -49,9 +49,9 @@ WRITTEN: dict[str, tuple[tuple[str, tuple[Value, ...]], ...]] = {
 async def write(store: SqlStore, *statements: tuple[str, tuple[Value, ...]]) -> None:
     """Change the database as somebody does who has it, and no key."""
 
-    def work(transaction: Transaction) -> None:
+    async def work(transaction: Transaction) -> None:
         for sql, values in statements:
-            assert transaction.change(sql, *values)
+            assert await transaction.change(sql, *values)
 
     await store._engine.write("vandal", work)
 

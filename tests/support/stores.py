@@ -51,19 +51,28 @@ class Place:
             made._steps = steps
         return made
 
-    def process(self, calls: Sequence[tuple[str, Sequence[Any]]], die_at: str = "") -> subprocess.Popen[bytes]:
+    def process(
+        self,
+        calls: Sequence[tuple[str, Sequence[Any]]],
+        die_at: str = "",
+        *,
+        by: signal.Signals = signal.SIGKILL,
+        at_once: bool = False,
+    ) -> subprocess.Popen[bytes]:
         """A process that has opened the store and waits for a line before its calls.
 
         Args:
             calls: names of the store's methods, with what they are called with.
-            die_at: the step at which it kills itself.
+            die_at: the step at which it sends itself a signal, the first time that it comes there.
+            by: the signal.
+            at_once: make the calls at once and not one after the other.
         """
         process = subprocess.Popen(
             [sys.executable, "-m", "tests.support.stores"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
         assert process.stdin is not None
         assert process.stdout is not None
-        pickle.dump((self, calls, die_at), process.stdin)
+        pickle.dump(((self, calls, die_at), {"by": by, "at_once": at_once}), process.stdin)
         process.stdin.flush()
         assert process.stdout.readline() == b"ready\n"
         return process
@@ -85,23 +94,35 @@ def count_released(row: LedgerRow) -> LedgerRow:
     return replace(row, open=row.open - 1, released=row.released + 1)
 
 
-async def _child(place: Place, calls: Sequence[tuple[str, Sequence[Any]]], die_at: str) -> None:
+async def _child(
+    place: Place, calls: Sequence[tuple[str, Sequence[Any]]], die_at: str, *, by: signal.Signals, at_once: bool
+) -> None:
+    steps: list[str] = []
+
     def on_step(step: str) -> None:
-        if step == die_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+        steps.append(step)
+        if step == die_at and steps.count(step) == 1:
+            os.kill(os.getpid(), by)
+
+    async def call(name: str, arguments: Sequence[Any]) -> None:
+        try:
+            result = await getattr(store, name)(*arguments)
+            print(getattr(result, "name", "DONE"), flush=True)  # noqa: T201 -- the parent reads it
+        except SevattestError as error:
+            print(error.reason.value, flush=True)  # noqa: T201 -- the same
 
     store = place.store(on_step)
     await store.open()
-    print("ready", flush=True)  # noqa: T201 -- the parent reads it
+    print("ready", flush=True)  # noqa: T201 -- the same
     await asyncio.to_thread(sys.stdin.buffer.readline)
-    for name, arguments in calls:
-        try:
-            result = await getattr(store, name)(*arguments)
-            print(getattr(result, "name", "DONE"), flush=True)  # noqa: T201 -- the same
-        except SevattestError as error:
-            print(error.reason.value, flush=True)  # noqa: T201 -- the same
+    if at_once:
+        await asyncio.gather(*(call(*each) for each in calls))
+    else:
+        for each in calls:
+            await call(*each)
     await store.close()
 
 
 if __name__ == "__main__":
-    asyncio.run(_child(*pickle.load(sys.stdin.buffer)))  # noqa: S301 -- from the test that started this
+    given, options = pickle.load(sys.stdin.buffer)  # noqa: S301 -- from the test that started this
+    asyncio.run(_child(*given, **options))

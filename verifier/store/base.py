@@ -274,7 +274,7 @@ class Store(Protocol):
         ...
 
     async def erase_packets(self, before: datetime) -> int:
-        """Erase the packets of launches that ended before a time; how many."""
+        """Erase the packets of launches that ended before a time; how many. Many are several transactions."""
         ...
 
     async def flush_erased(self) -> None:

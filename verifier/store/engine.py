@@ -1,14 +1,14 @@
 """What the store's statements ask of a database, and how a schema is brought forward in any of them.
 
-There is one set of statements. They are written for PostgreSQL, with `?` where a value goes and with the row locks
-(`FOR UPDATE`, `FOR SHARE` at the very end) that several processes need; the engine of SQLite, where one process writes
-one transaction after the other, leaves the locks out.
+There is one set of statements, with `?` where a value goes. None of them locks anything: a transaction is alone, in
+all processes that share the database.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from time import time
+from types import coroutine
 from typing import Any, Protocol, TypeVar
 
 from common.errors import Reason, Unavailable
@@ -19,31 +19,46 @@ Row = tuple[Any, ...]
 Value = str | bytes | int | None
 
 
-class Transaction(Protocol):
-    """One transaction, on the thread that it runs on."""
+@coroutine
+def done(result: T) -> Generator[None, None, T]:
+    """A result that is there already, to be awaited or not."""
+    yield from ()
+    return result
 
-    def rows(self, sql: str, *values: Value) -> list[Row]:
+
+class Transaction(Protocol):
+    """One transaction.
+
+    Its statements are carried out in the order in which they are called. Their results may be awaited later: those
+    that are called before anything is awaited go to a server together.
+    """
+
+    def rows(self, sql: str, *values: Value) -> Awaitable[list[Row]]:
         """What a statement returns."""
         ...
 
-    def row(self, sql: str, *values: Value) -> Row | None:
+    def row(self, sql: str, *values: Value) -> Awaitable[Row | None]:
         """The first row that a statement returns."""
         ...
 
-    def change(self, sql: str, *values: Value) -> int:
+    def one(self, sql: str, *values: Value) -> Awaitable[Row]:
+        """The row that a statement returns where the schema is as it should be."""
+        ...
+
+    def change(self, sql: str, *values: Value) -> Awaitable[int]:
         """Carry a statement out; how many rows it changed."""
         ...
 
-    def script(self, sql: str) -> None:
+    def tell(self, sql: str, *values: Value) -> None:
+        """Carry a statement out that nobody waits for; where it fails, the transaction fails before its commit."""
+        ...
+
+    async def script(self, sql: str) -> None:
         """Carry several statements out."""
         ...
 
-    def has_table(self, name: str) -> bool:
+    def has_table(self, name: str) -> Awaitable[bool]:
         """Whether the schema has a table."""
-        ...
-
-    def lock(self, name: str) -> None:
-        """Wait for whatever else holds this name, and hold it until the transaction ends."""
         ...
 
 
@@ -51,7 +66,8 @@ class Engine(Protocol):
     """A database. Whatever it raises by itself is `Unavailable(STORE_UNAVAILABLE)`.
 
     What `work` raises passes through unchanged, after a rollback. It may be run more than once: where a transaction
-    was broken off before its commit was asked for, the engine may try it again.
+    was broken off before its commit was asked for, the engine may try it again, and so where it shared a commit that
+    did not come about.
     """
 
     @property
@@ -72,12 +88,16 @@ class Engine(Protocol):
         """Let go of it."""
         ...
 
-    async def read(self, work: Callable[[Transaction], T]) -> T:
+    async def read(self, work: Callable[[Transaction], Awaitable[T]]) -> T:
         """Run `work`, which changes nothing; each of its statements sees what was committed before it."""
         ...
 
-    async def write(self, name: str, work: Callable[[Transaction], T]) -> T:
-        """Run `work` in one transaction, durable when this returns."""
+    async def write(self, name: str, work: Callable[[Transaction], Awaitable[T]]) -> T:
+        """Run `work` in one transaction, durable when this returns.
+
+        No other one, in no process, is carried out at the same time: what it read stays as it is until its commit, and
+        it sees all that was committed before.
+        """
         ...
 
     async def flush(self) -> None:
@@ -94,17 +114,16 @@ def unavailable(words: str) -> Unavailable:
     return Unavailable(Reason.STORE_UNAVAILABLE, words)
 
 
-def bring_forward(transaction: Transaction, steps: Sequence[Step]) -> None:
+async def bring_forward(transaction: Transaction, steps: Sequence[Step]) -> None:
     """Apply the steps that a store lacks. For one transaction: a process that is killed here leaves all or nothing.
 
     Raises:
         Unavailable: a newer version made steps that this one cannot serve.
     """
-    transaction.lock("migration")
-    if transaction.has_table("migration"):
-        found = transaction.rows("SELECT number, compatible_from FROM migration ORDER BY number")
+    if await transaction.has_table("migration"):
+        found = await transaction.rows("SELECT number, compatible_from FROM migration ORDER BY number")
     else:
-        transaction.script(
+        await transaction.script(
             "CREATE TABLE migration (number INTEGER PRIMARY KEY, name TEXT NOT NULL, "
             "compatible_from INTEGER NOT NULL, time BIGINT NOT NULL);"
         )
@@ -113,8 +132,8 @@ def bring_forward(transaction: Transaction, steps: Sequence[Step]) -> None:
     newest = found[-1][0] if found else 0
     for step in steps:
         if step.number > newest:
-            transaction.script(step.sql)
-            transaction.change(
+            await transaction.script(step.sql)
+            transaction.tell(
                 "INSERT INTO migration (number, name, compatible_from, time) VALUES (?, ?, ?, ?)",
                 *(step.number, step.name, step.compatible_from, int(time() * 1_000_000)),
             )

@@ -13,7 +13,7 @@ class PostgresStore(SqlStore):
     """The `Store` over a PostgreSQL."""
 
     def __init__(
-        self, dsn: str, on_step: Callable[[str], None] = no_step, *, schema: str = "sevattest", threads: int = 4
+        self, dsn: str, on_step: Callable[[str], None] = no_step, *, schema: str = "sevattest", connections: int = 4
     ) -> None:
         """Prepare a store; nothing is connected before `open`.
 
@@ -21,7 +21,7 @@ class PostgresStore(SqlStore):
             dsn: a libpq connection string or URI; no error tells anything of it.
             on_step: called before and after each commit.
             schema: the schema in the database that holds the store's tables; made where it is not there.
-            threads: how many there are, with a connection each: one writes, the others read.
+            connections: how many there are, at least 2: one writes, the others read.
 
         Raises:
             InvalidInput: the DSN cannot be read, the schema's name is not usable, or the extra is not installed.
@@ -33,7 +33,7 @@ class PostgresStore(SqlStore):
             raise InvalidInput(
                 Reason.INVALID_CONFIGURATION, "store: PostgreSQL needs the extra sevattest[postgres]"
             ) from error
-        super().__init__(PostgresEngine(dsn, on_step, schema=schema, threads=threads))
+        super().__init__(PostgresEngine(dsn, on_step, schema=schema, connections=connections))
 
     async def open_to_read(self) -> None:
         """Get hold of the database as it is, in place of `open`: for a command that changes nothing.
@@ -42,9 +42,9 @@ class PostgresStore(SqlStore):
             Unavailable: it cannot be reached or must not be used, or its schema is not there or another version's.
         """
 
-        def work(transaction: Transaction) -> None:
-            made = transaction.has_table("migration")
+        async def work(transaction: Transaction) -> None:
+            made = await transaction.has_table("migration")
             query = "SELECT number, compatible_from FROM migration ORDER BY number"
-            require_readable(transaction.rows(query) if made else [], self._steps)
+            require_readable(await transaction.rows(query) if made else [], self._steps)
 
         await self._engine.read(work)

@@ -1,19 +1,25 @@
 """The engine for replicas: one PostgreSQL that several processes share.
 
-A process has one thread that writes and a few that read, with a connection each. More writers would only wait for each
-other: every transaction ends with a record in the one audit log, and the log's head is locked until the commit.
+One transaction is carried out at a time, in all replicas: it begins with a lock that it holds until its commit is
+durable. Whoever waits for it gets it in the order of coming, and nothing else is ever locked: there is nothing that two
+could wait for each other by. Each replica takes as many transactions with it as wait (`verifier.store.together`).
+Reading waits for nobody.
+
+All of it is on the event loop: statements that need no answer of each other are one way to the server and back
+(`verifier.store.postgres_link`). One session writes, the others read.
 
 What is set in each session, and why:
-    isolation READ COMMITTED   each statement sees what was committed before it; what must not move is locked by rows
+    isolation READ COMMITTED   each statement sees what was committed before it, and so whoever got the lock sees all
     synchronous_commit         stays what the server has, and must be `on` or `remote_apply`: a commit that was
                                answered survives a power cut, and reaches the standby where the server names one
     statement, lock and idle timeouts, TCP keepalives
-                               nothing waits for ever for a server, another replica or a network that went away
+                               nothing waits for ever for a server, another replica or a network that went away; a
+                               replica that stands still in a transaction loses it before others have waited too long
     target_session_attrs       a standby is passed over: a DSN may name all servers of a cluster
     sslmode=verify-full        unless the DSN says otherwise; it does not matter on a Unix socket
 
-Where a transaction is broken off before its commit was asked for (a deadlock, a server that was restarted), it is tried
-again. Where the link breaks in the commit itself, nobody here can tell what became of it: whoever repeats finds out.
+Where transactions are broken off before their commit was asked for (a server that was restarted), they are tried again.
+Where the link breaks in the commit itself, nobody here can tell what became of it: whoever repeats finds out.
 """
 
 from __future__ import annotations
@@ -21,23 +27,26 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import re
-import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from functools import lru_cache
+from functools import partial
+from typing import Any
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
 
 from common.errors import InvalidInput, Reason, Unavailable
-from verifier.store.engine import Row, T, Transaction, Value, no_step, unavailable
+from verifier.store.engine import Row, T, Transaction, no_step, unavailable
+from verifier.store.postgres_link import Link, PostgresTransaction, Statement
+from verifier.store.together import Together, Write
 
 CONNECT_TIMEOUT_S = 5
 STATEMENT_TIMEOUT_S = 10.0
 LOCK_TIMEOUT_S = 5.0
 FLUSH_TIMEOUT_S = 600.0
-THREADS = 4
+TURN_S = 1.0  # of transactions in one commit, so that a replica that is slow does not hold the others up
+SILENCE_S = 3.0  # less than LOCK_TIMEOUT_S: who waits for a replica that stands still gets its turn
+CONNECTIONS = 4
 OLDEST_SERVER = 130000
 _ATTEMPTS = 3
 
@@ -54,7 +63,10 @@ _DEFAULTS: dict[str, str | int] = {
 }
 _SCHEMA = re.compile(r"[a-z_][a-z0-9_]{0,62}")
 _QUOTED = re.compile(r"\"[^\"]*\"|'[^']*'")
-_AGAIN = frozenset({"40001", "40P01"})  # serialization failure, deadlock
+# Serialization failure, deadlock, a statement that is not prepared because the trip that prepared it failed.
+_AGAIN = frozenset({"40001", "40P01", "26000"})
+# Of a lock, of a statement: what all have waited for, each of them would wait for again.
+_TIMEOUTS = frozenset({"55P03", "57014"})
 _WARNING = "01000"  # in a commit: "canceling wait for synchronous replication"
 
 
@@ -62,44 +74,40 @@ class _Unfit(Exception):
     """The server can be reached and must not be used."""
 
 
-class PostgresTransaction:
-    """A `Transaction` on one connection."""
+class _Session:
+    """A link that is made when it is needed, and made anew when it broke."""
 
-    def __init__(self, connection: psycopg.Connection[Row], schema: str) -> None:
-        """Take a connection, in a transaction or to be read from."""
-        self._connection = connection
-        self._schema = schema
+    def __init__(self, connect: Callable[[], Awaitable[Link]]) -> None:
+        self._connect = connect
+        self._connecting: asyncio.Task[None] | None = None
+        self._link: Link | None = None
 
-    def rows(self, sql: str, *values: Value) -> list[Row]:
-        """See `Transaction`."""
-        return self._connection.execute(_placeholders(sql), values).fetchall()
+    @property
+    def under_way(self) -> int:
+        """How many trips."""
+        return 0 if self._link is None else self._link.under_way
 
-    def row(self, sql: str, *values: Value) -> Row | None:
-        """See `Transaction`."""
-        return self._connection.execute(_placeholders(sql), values).fetchone()
+    async def link(self) -> Link:
+        """The link; raises what connecting raises."""
+        while self._link is None or self._link.broken:
+            if self._connecting is None:
+                self._connecting = asyncio.create_task(self._make())
+            # All who wait share one attempt; who is cancelled ends it for nobody.
+            await asyncio.shield(self._connecting)
+        return self._link
 
-    def change(self, sql: str, *values: Value) -> int:
-        """See `Transaction`."""
-        return self._connection.execute(_placeholders(sql), values).rowcount
+    async def _make(self) -> None:
+        try:
+            self._link = await self._connect()
+        finally:
+            self._connecting = None
 
-    def script(self, sql: str) -> None:
-        """See `Transaction`."""
-        self._connection.execute(sql.encode())
-
-    def has_table(self, name: str) -> bool:
-        """See `Transaction`."""
-        found = self.row("SELECT 1 FROM pg_tables WHERE schemaname=? AND tablename=?", self._schema, name)
-        return found is not None
-
-    def lock(self, name: str) -> None:
-        """See `Transaction`: an advisory lock, by a hash of the schema and the name."""
-        digest = hashlib.sha256(f"{self._schema}\0{name}".encode()).digest()
-        self.rows("SELECT pg_advisory_xact_lock(?)", int.from_bytes(digest[:8], "big", signed=True))
-
-
-@lru_cache
-def _placeholders(sql: str) -> bytes:
-    return sql.replace("?", "%s").encode()
+    def drop(self) -> None:
+        """Let go of it."""
+        if self._connecting is not None:
+            self._connecting.cancel()
+        if self._link is not None:
+            self._link.drop()
 
 
 class PostgresEngine:
@@ -108,15 +116,20 @@ class PostgresEngine:
     dialect = "postgres"
 
     def __init__(
-        self, dsn: str, on_step: Callable[[str], None] = no_step, *, schema: str = "sevattest", threads: int = THREADS
+        self,
+        dsn: str,
+        on_step: Callable[[str], None] = no_step,
+        *,
+        schema: str = "sevattest",
+        connections: int = CONNECTIONS,
     ) -> None:
         """Prepare an engine; nothing is connected before `open`.
 
         Args:
             dsn: a libpq connection string or URI. It may hold a password: no error tells anything of it.
-            on_step: called before and after each commit, on the thread of the transaction.
+            on_step: called before and after each commit.
             schema: the schema that holds the store's tables.
-            threads: how many there are, with a connection each: one writes, the others read; a single one does both.
+            connections: how many there are, at least 2: one writes, the others read.
 
         Raises:
             InvalidInput: the DSN cannot be read, or the schema's name is not usable as it is.
@@ -130,68 +143,50 @@ class PostgresEngine:
             raise InvalidInput(Reason.INVALID_CONFIGURATION, "store: not a PostgreSQL connection string") from None
         self._on_step = on_step
         self._schema = schema
-        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="store-writer")
-        self._readers = (
-            ThreadPoolExecutor(max_workers=threads - 1, thread_name_prefix="store-reader")
-            if threads > 1
-            else self._writer
-        )
-        self._own = threading.local()
-        self._guard = threading.Lock()
-        self._connections: set[psycopg.Connection[Row]] = set()
+        digest = hashlib.sha256(f"sevattest {schema}".encode()).digest()
+        self._turn = int.from_bytes(digest[:8], "big", signed=True)
+        self._writer = _Session(self._connected)
+        self._readers = [_Session(self._connected) for _ in range(connections - 1)]
+        self._together = Together(self._commit)
+        self._closed = False
 
     def __repr__(self) -> str:
         return f"PostgresEngine({self._schema}, redacted)"
 
     async def open(self) -> None:
         """Connect, see whether the server is fit, and make the schema. See `Engine`."""
+        try:
+            await self._writer.link()
+        except _Unfit as error:
+            raise InvalidInput(Reason.INVALID_CONFIGURATION, f"store: {error}") from error
+        except psycopg.Error as error:
+            raise _cannot("be reached", error) from None
 
-        def start() -> None:
-            try:
-                connection = self._connected()
-            except _Unfit as error:
-                raise InvalidInput(Reason.INVALID_CONFIGURATION, f"store: {error}") from error
-            except psycopg.Error as error:
-                raise _cannot("be reached", error) from None
-            self._make_schema(connection)
+        async def work(transaction: Transaction) -> None:
+            if await transaction.row("SELECT 1 FROM pg_namespace WHERE nspname=?", self._schema) is None:
+                await transaction.script(f'CREATE SCHEMA "{self._schema}"')
 
-        await asyncio.get_running_loop().run_in_executor(self._writer, start)
+        await self._together.write("schema", work)
 
     async def close(self) -> None:
-        """Let go of the connections and the threads."""
+        """Let go of the connections."""
+        self._closed = True
+        await self._together.ended()
+        for session in (self._writer, *self._readers):
+            session.drop()
 
-        def stop() -> None:
-            self._writer.shutdown(wait=True)
-            self._readers.shutdown(wait=True)
-            for connection in tuple(self._connections):
-                self._drop(connection)
-
-        await asyncio.to_thread(stop)
-
-    async def read(self, work: Callable[[Transaction], T]) -> T:
+    async def read(self, work: Callable[[Transaction], Awaitable[T]]) -> T:
         """See `Engine`."""
 
-        def attempt(connection: psycopg.Connection[Row]) -> T:
-            return work(PostgresTransaction(connection, self._schema))
+        async def attempt(link: Link) -> T:
+            return await work(PostgresTransaction(link, self._schema))
 
-        return await self._run(self._readers, "be read", attempt)
+        session = min(self._readers, key=lambda each: each.under_way)
+        return await self._tried(session, "be read", attempt)
 
-    async def write(self, name: str, work: Callable[[Transaction], T]) -> T:
+    async def write(self, name: str, work: Callable[[Transaction], Awaitable[T]]) -> T:
         """See `Engine`."""
-
-        def attempt(connection: psycopg.Connection[Row]) -> T:
-            try:
-                connection.execute("BEGIN ISOLATION LEVEL READ COMMITTED", prepare=False)
-                result = work(PostgresTransaction(connection, self._schema))
-                self._on_step(f"{name}:before-commit")
-            except BaseException:
-                self._roll_back(connection)
-                raise
-            self._commit(connection)
-            self._on_step(f"{name}:after-commit")
-            return result
-
-        return await self._run(self._writer, "be written", attempt)
+        return await self._together.write(name, work)
 
     async def flush(self) -> None:
         """Vacuum what had something erased.
@@ -199,64 +194,125 @@ class PostgresEngine:
         The server's free space, write-ahead log and backups are out of reach: what is there is sealed.
         """
 
-        def attempt(connection: psycopg.Connection[Row]) -> None:
-            connection.execute(f"SET statement_timeout = {_milliseconds(FLUSH_TIMEOUT_S)}".encode())
+        async def attempt(link: Link) -> None:
+            await link.script(f"SET statement_timeout TO {_milliseconds(FLUSH_TIMEOUT_S)}")
+            await link.script("VACUUM (SKIP_LOCKED, TRUNCATE FALSE) launch, secret")
+
+        session = _Session(self._connected)
+        try:
+            await self._tried(session, "be vacuumed", attempt)
+        finally:
+            session.drop()
+
+    # Commits.
+
+    async def _commit(self, writes: Sequence[Write[Any]]) -> int:
+        """See `Together`."""
+        try:
+            return await self._tried(self._writer, "be written", partial(self._carry_out, writes))
+        except Unavailable as error:
+            for each in writes:
+                each.error = error
+            return len(writes)
+
+    async def _carry_out(self, writes: Sequence[Write[Any]], link: Link) -> int:
+        """See `Together`; raises psycopg's errors where what failed is the fault of none, or of the one that there is.
+
+        Whatever is raised, nothing was kept; but for `Unavailable`, which is final.
+        """
+        transaction, together = PostgresTransaction(link, self._schema), len(writes) > 1
+        time, ends = asyncio.get_running_loop().time, float("inf")
+        kept, done = [], 0
+        try:
+            transaction.tell("BEGIN ISOLATION LEVEL READ COMMITTED")
+            transaction.tell("SELECT pg_advisory_xact_lock(?)", self._turn)
+            while done < len(writes) and time() < ends:
+                if await writes[done].carry_out(transaction, (psycopg.Error,), together=together):
+                    kept.append(writes[done])
+                done += 1
+                if done == 1:  # which waited for the turn
+                    ends = time() + TURN_S
+            if not kept:
+                await self._roll_back(link)
+                return done
+            await transaction.settle()
+            for each in kept:
+                self._on_step(f"{each.name}:before-commit")
+            await self._commit_on(link)
+        except psycopg.Error as error:
+            await self._roll_back(link)
+            if together and not link.broken and error.sqlstate not in _AGAIN | _TIMEOUTS:
+                return 0
+            raise
+        except BaseException:
+            link.drop()
+            raise
+        for each in kept:
+            self._on_step(f"{each.name}:after-commit")
+        return done
+
+    async def _commit_on(self, link: Link) -> None:
+        """Commit.
+
+        Raises:
+            psycopg.Error: the server says why it did not.
+            Unavailable: nobody can tell whether it did, or it did less than it should.
+        """
+        link.warnings.clear()
+        commit = Statement("COMMIT")
+        try:
+            await link.ask([commit])
+        except psycopg.Error as error:
+            if isinstance(error, psycopg.IntegrityError) and not link.broken:
+                raise  # what was deferred
+            link.drop()
+            raise _cannot("tell what became of a commit", error) from error
+        if commit.result is None or commit.result.command_status != b"COMMIT":
+            raise psycopg.errors.InFailedSqlTransaction("the server did not commit")
+        if _WARNING in link.warnings:
+            # It is on this server's disk and perhaps nowhere else: not what a commit promises here.
+            raise unavailable("the store's standby did not confirm a commit")
+
+    async def _roll_back(self, link: Link) -> None:
+        with suppress(psycopg.Error):
+            await link.ask([Statement("ROLLBACK")])
+
+    # Connections.
+
+    async def _tried(self, session: _Session, doing: str, attempt: Callable[[Link], Awaitable[T]]) -> T:
+        """Run `attempt` on a session, again where it was broken off and did not commit."""
+        for left in reversed(range(_ATTEMPTS)):
+            if self._closed:
+                raise unavailable("the store is closed")
+            link = None
             try:
-                connection.execute("VACUUM (SKIP_LOCKED, TRUNCATE FALSE) launch, secret")
-            finally:
-                if not connection.closed:
-                    connection.execute(f"SET statement_timeout = {_milliseconds(STATEMENT_TIMEOUT_S)}".encode())
+                link = await session.link()
+                return await attempt(link)
+            except _Unfit as error:
+                raise unavailable(f"the store cannot {doing}: {error}") from error
+            except psycopg.Error as error:
+                if link is None:
+                    raise _cannot("be reached", error) from None
+                if left and (link.broken or error.sqlstate in _AGAIN):
+                    continue
+                raise _cannot(doing, error) from error
+        raise AssertionError  # the last attempt returns or raises
 
-        await self._run(self._readers, "be vacuumed", attempt)
+    async def _connected(self) -> Link:
+        connection = await psycopg.AsyncConnection.connect(**self._parameters, autocommit=True)  # type: ignore[arg-type]  # libpq's names
+        try:
+            await self._set_up(connection)
+            return Link(connection)
+        except BaseException:
+            await connection.close()
+            raise
 
-    # The threads' half.
-
-    async def _run(self, threads: ThreadPoolExecutor, doing: str, attempt: Callable[[psycopg.Connection[Row]], T]) -> T:
-        """Run `attempt` on one of some threads, again where it was broken off and did not commit."""
-
-        def run() -> T:
-            for left in reversed(range(_ATTEMPTS)):
-                connection = None
-                try:
-                    connection = self._connected()
-                    return attempt(connection)
-                except _Unfit as error:
-                    raise unavailable(f"the store cannot {doing}: {error}") from error
-                except psycopg.Error as error:
-                    if connection is None:
-                        raise _cannot("be reached", error) from None
-                    broken = connection.closed
-                    if broken:
-                        self._drop(connection)
-                    if left and (broken or error.sqlstate in _AGAIN):
-                        continue
-                    raise _cannot(doing, error) from error
-            raise AssertionError  # the last attempt returns or raises
-
-        return await asyncio.get_running_loop().run_in_executor(threads, run)
-
-    def _connected(self) -> psycopg.Connection[Row]:
-        connection: psycopg.Connection[Row] | None = getattr(self._own, "connection", None)
-        if connection is None or connection.closed:
-            connection = psycopg.connect(**self._parameters, autocommit=True)  # type: ignore[arg-type]  # libpq's names
-            with self._guard:
-                self._connections.add(connection)
-            try:
-                self._set_up(connection)
-            except BaseException:
-                self._drop(connection)
-                raise
-            self._own.connection = connection
-            self._own.warnings = []
-            warnings = self._own.warnings
-            connection.add_notice_handler(lambda notice: warnings.append(notice.sqlstate))
-        return connection
-
-    def _set_up(self, connection: psycopg.Connection[Row]) -> None:
-        row = connection.execute(
+    async def _set_up(self, connection: psycopg.AsyncConnection[Row]) -> None:
+        answer = await connection.execute(
             "SELECT current_setting('synchronous_commit'), current_setting('fsync'), "
             "current_setting('full_page_writes'), current_setting('server_encoding')"
-        ).fetchone()
+        )
+        row = await answer.fetchone()
         if row is None:
             raise _Unfit("the server does not tell its settings")
         commit, fsync, pages, encoding = row
@@ -269,47 +325,12 @@ class PostgresEngine:
         if connection.info.server_version < OLDEST_SERVER:
             raise _Unfit(f"the server is older than PostgreSQL {OLDEST_SERVER // 10000}")
         # The commit's setting is pinned: a server that is reconfigured does not change it under this session.
-        connection.execute(
+        await connection.execute(
             f'SET search_path TO "{self._schema}"; SET synchronous_commit TO {commit}; '
             f"SET statement_timeout TO {_milliseconds(STATEMENT_TIMEOUT_S)}; "
             f"SET lock_timeout TO {_milliseconds(LOCK_TIMEOUT_S)}; "
-            f"SET idle_in_transaction_session_timeout TO {_milliseconds(STATEMENT_TIMEOUT_S * 3)}".encode()
+            f"SET idle_in_transaction_session_timeout TO {_milliseconds(SILENCE_S)}".encode()
         )
-
-    def _make_schema(self, connection: psycopg.Connection[Row]) -> None:
-        try:
-            with connection.transaction():
-                transaction = PostgresTransaction(connection, self._schema)
-                transaction.lock("migration")
-                if transaction.row("SELECT 1 FROM pg_namespace WHERE nspname=?", self._schema) is None:
-                    transaction.script(f'CREATE SCHEMA "{self._schema}"')
-        except psycopg.Error as error:
-            raise _cannot("make its schema", error) from error
-
-    def _commit(self, connection: psycopg.Connection[Row]) -> None:
-        self._own.warnings.clear()
-        try:
-            done = connection.execute("COMMIT", prepare=False).statusmessage
-        except psycopg.Error as error:
-            self._drop(connection)
-            raise _cannot("tell what became of a commit", error) from error
-        if done != "COMMIT":
-            raise unavailable("the store did not commit")
-        if _WARNING in self._own.warnings:
-            # It is on this server's disk and perhaps nowhere else: not what a commit promises here.
-            raise unavailable("the store's standby did not confirm a commit")
-
-    def _roll_back(self, connection: psycopg.Connection[Row]) -> None:
-        try:
-            connection.execute("ROLLBACK", prepare=False)
-        except psycopg.Error:
-            self._drop(connection)
-
-    def _drop(self, connection: psycopg.Connection[Row]) -> None:
-        with self._guard:
-            self._connections.discard(connection)
-        with suppress(psycopg.Error):
-            connection.close()
 
 
 def _milliseconds(seconds: float) -> int:

@@ -224,7 +224,7 @@ class Known:
 
 @dataclass(frozen=True, kw_only=True)
 class Spending:
-    """What a transaction does to a grant's ledger, under its lock.
+    """What a transaction does to a grant's ledger, which no other one changes meanwhile.
 
     Attributes:
         grant: the grant's name.

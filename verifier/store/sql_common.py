@@ -1,19 +1,12 @@
-"""What the store's transactions have in common: outcomes, the order of locks, the audit chain.
+"""What the store's transactions have in common: outcomes, the documents' revision, the audit chain.
 
-Every transaction takes its locks in this order, and leaves out what it does not need, so that no two can wait for each
-other:
-
-1. the documents' revision: shared by launches, exclusive for whoever changes documents;
-2. the request, by its unique key: a second one of the same id waits for the first;
-3. the caller (of a launch that is opened);
-4. the grant's ledger;
-5. terms, platform, the launch, the PDH; or the secret;
-6. the audit log's head, last: it is held the shortest. After it, only the documents' seal, which the first lock guards.
+A transaction first asks for all that it decides by, whatever of it may not be needed in the end, and then tells what
+changes: so it is one way to a server and back. What it did before a decision against it is rolled back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from common.audit.chain import Head, record_hash
 from verifier.store.engine import Engine, Row, Transaction, Value
@@ -36,7 +29,7 @@ class OverEngine:
         """Take the engine."""
         self._engine = engine
 
-    async def _decide(self, name: str, work: Callable[[Transaction], None]) -> Outcome:
+    async def _decide(self, name: str, work: Callable[[Transaction], Awaitable[None]]) -> Outcome:
         """Run `work` in one transaction; a `Decided` from it rolls back and is the outcome."""
         try:
             await self._engine.write(name, work)
@@ -51,39 +44,35 @@ class OverEngine:
         return await self._engine.read(lambda transaction: transaction.row(sql, *values))
 
 
-def locked_revision(transaction: Transaction, *, change: bool) -> int:
-    """The documents' revision, which nobody changes before the transaction ends.
+def the_revision(transaction: Transaction) -> Awaitable[Row]:
+    """Ask for the documents' revision, the one cell of its row."""
+    return transaction.one("SELECT value FROM mark WHERE name='revision'")
+
+
+def the_head(transaction: Transaction) -> Awaitable[Row]:
+    """Ask for the end of the audit chain, for `append`."""
+    return transaction.one("SELECT number, hash, time FROM audit_head")
+
+
+async def append(transaction: Transaction, head: Awaitable[Row], audit: AuditRow) -> Head:
+    """Write an audit record at the end of the chain, which becomes its head.
 
     Args:
-        transaction: the transaction.
-        change: whether it will change documents; otherwise it only needs them as they are.
+        transaction: the transaction, which writes no other record.
+        head: `the_head`.
+        audit: the record.
     """
-    row = transaction.row(
-        "SELECT value FROM mark WHERE name='revision' FOR UPDATE"
-        if change
-        else "SELECT value FROM mark WHERE name='revision' FOR SHARE"
-    )
-    if row is None:
-        raise ValueError("the schema begins with a revision")
-    revision: int = row[0]
-    return revision
-
-
-def append(transaction: Transaction, audit: AuditRow) -> Head:
-    """Write an audit record at the end of the chain, which becomes its head. Late: others wait for the head."""
-    head = transaction.row("SELECT number, hash, time FROM audit_head FOR UPDATE")
-    if head is None:
-        raise ValueError("the schema begins with a head")
-    number, time, members = head[0] + 1, stamp(audit.time), audit.members
-    digest = record_hash(head[1], number, members)
-    transaction.change(
+    before, digest_before, latest = await head
+    number, time, members = before + 1, stamp(audit.time), audit.members
+    digest = record_hash(digest_before, number, members)
+    transaction.tell(
         f"INSERT INTO audit (number, hash, {AUDIT_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",  # noqa: S608 -- constants
         *(number, digest, *members.values()),
     )
-    transaction.change(
+    transaction.tell(
         "UPDATE audit_head SET number=?, hash=?, time=?",
         number,
         digest,
-        time if head[2] is None else max(head[2], time),
+        time if latest is None else max(latest, time),
     )
     return Head(number=number, hash=digest)

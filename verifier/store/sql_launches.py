@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from datetime import datetime
 from uuid import UUID
 
 from common.errors import Unavailable
-from verifier.store.engine import Engine, Transaction, unavailable
+from verifier.store.engine import Engine, Row, Transaction, unavailable
 from verifier.store.rows import (
     Known,
     LaunchFilter,
@@ -21,11 +21,12 @@ from verifier.store.rows import (
     RequestRow,
     Spending,
 )
-from verifier.store.sql_common import Decided, OverEngine, append, locked_revision
+from verifier.store.sql_common import Decided, OverEngine, append, the_head, the_revision
 from verifier.store.sql_rows import LAUNCH_COLUMNS, firmware_text, key_cells, launch_of, stamp, time_of
 
 _SHARED_MAX = 10_000  # ids of 32 bytes that are remembered
 _PLACE = "(SELECT create_time, launch_id FROM launch WHERE launch_id=?)"  # of a launch in the order of listing
+_ERASED_MAX = 1000  # packets in one transaction: launches wait for it
 _FOREVER = 2**63 - 1  # the latest time that can be stored
 _UNSPENT = LedgerRow()
 # What every decision begins with, and the same with a grant's ledger: who spends none does not pay for it.
@@ -58,19 +59,18 @@ class Launches(OverEngine):
     async def known(self, key: RequestKey, launch_id: UUID | None = None, *, grant: str | None = None) -> Known:
         """See `Store`."""
 
-        def work(transaction: Transaction) -> Known:
+        async def work(transaction: Transaction) -> Known:
             cells = key_cells(key)
-            row = transaction.row(_KNOWN, *cells) if grant is None else transaction.row(_KNOWN_SPENT, *cells, grant)
-            if row is None:
-                raise ValueError("the schema begins with a head and a revision")
-            time, revision, content, opened, *ledger = row
-            found = None
+            asked = transaction.one(_KNOWN, *cells) if grant is None else transaction.one(_KNOWN_SPENT, *cells, grant)
+            sought = None
             if launch_id is not None:
-                found = transaction.row(
+                sought = transaction.row(
                     f"SELECT api_major, api_minor, build, {LAUNCH_COLUMNS} "  # noqa: S608 -- a constant list
                     "FROM launch LEFT JOIN pdh USING (pdh_fingerprint) WHERE launch_id=?",
                     str(launch_id),
                 )
+            time, revision, content, opened, *ledger = await asked
+            found = None if sought is None else await sought
             return Known(
                 time=None if time is None else time_of(time),
                 revision=revision,
@@ -184,7 +184,7 @@ class Launches(OverEngine):
         )
         return None if row is None else UUID(row[0])
 
-    # Writing; the order of locks is `verifier.store.sql_common`'s.
+    # Writing.
 
     async def open_launch(self, opening: Opening) -> Outcome:
         """See `Store`."""
@@ -192,21 +192,25 @@ class Launches(OverEngine):
         if launch.keys is None:
             raise ValueError("an open launch has keys")
 
-        def work(transaction: Transaction) -> None:
-            revision = locked_revision(transaction, change=False)
-            _take_request(transaction, opening.request)
-            if revision != opening.revision:
-                raise Decided(Outcome.DOCUMENTS_CHANGED)
-            transaction.lock(f"caller {launch.caller}")
-            if transaction.row(
+        async def work(transaction: Transaction) -> None:
+            revision = the_revision(transaction)
+            taken = _take_request(transaction, opening.request)
+            capped = transaction.row(
                 "SELECT 1 FROM launch WHERE caller=? AND state='open' AND expire_time>? LIMIT 1 OFFSET ?",
                 *(launch.caller, stamp(launch.create_time), opening.open_cap - 1),
-            ):
+            )
+            ledger = None if spending is None else the_ledger(transaction, spending)
+            head = the_head(transaction)
+            if not await taken:
+                raise Decided(Outcome.REQUEST_TAKEN)
+            if (await revision)[0] != opening.revision:
+                raise Decided(Outcome.DOCUMENTS_CHANGED)
+            if await capped:
                 raise Decided(Outcome.CAP_REACHED)
-            if spending is not None:
-                spend(transaction, spending)
+            if spending is not None and ledger is not None:
+                await spend(transaction, spending, ledger)
             _insert(transaction, opening, shared=not shared <= self._shared)
-            append(transaction, opening.audit)
+            await append(transaction, head, opening.audit)
 
         shared = {launch.terms_id, launch.platform_id}
         try:
@@ -223,77 +227,71 @@ class Launches(OverEngine):
     async def move(self, move: Move) -> Outcome:
         """See `Store`."""
 
-        def work(transaction: Transaction) -> None:
-            revision = None if move.revision is None else locked_revision(transaction, change=False)
-            if move.request is not None:
-                _take_request(transaction, move.request)
-            if revision != move.revision:
+        async def work(transaction: Transaction) -> None:
+            revision = None if move.revision is None else the_revision(transaction)
+            taken = None if move.request is None else _take_request(transaction, move.request)
+            ledger = None if move.spending is None else the_ledger(transaction, move.spending)
+            ended = _end(transaction, move)
+            head = the_head(transaction)
+            if taken is not None and not await taken:
+                raise Decided(Outcome.REQUEST_TAKEN)
+            if revision is not None and (await revision)[0] != move.revision:
                 raise Decided(Outcome.DOCUMENTS_CHANGED)
-            spending = move.spending
-            ledger = None if spending is None else _locked_ledger(transaction, spending.grant)
-            if not _end(transaction, move):
+            if not await ended:
                 raise Decided(Outcome.LOST)
-            if spending is not None and ledger is not None:
-                _keep_ledger(transaction, spending.grant, ledger, spending.change(ledger))
+            if move.spending is not None and ledger is not None:
+                await spend(transaction, move.spending, ledger)
             if move.sighting is not None:
                 _sight(transaction, move.sighting)
-            append(transaction, move.audit)
+            await append(transaction, head, move.audit)
 
         return await self._decide("move", work)
 
     async def erase_packets(self, before: datetime) -> int:
         """See `Store`."""
-        return await self._engine.write(
-            "erase",
-            lambda transaction: transaction.change(
-                "UPDATE launch SET packet_header=NULL, packet_payload=NULL WHERE packet_header IS NOT NULL "
-                "AND end_time<=?",
-                stamp(before),
-            ),
-        )
+        erased, last = 0, _ERASED_MAX
+        while last == _ERASED_MAX:
+            last = await self._engine.write(
+                "erase",
+                lambda transaction: transaction.change(
+                    "UPDATE launch SET packet_header=NULL, packet_payload=NULL WHERE launch_id IN "
+                    "(SELECT launch_id FROM launch WHERE packet_header IS NOT NULL AND end_time<=? LIMIT ?)",
+                    *(stamp(before), _ERASED_MAX),
+                ),
+            )
+            erased += last
+        return erased
 
 
-def _take_request(transaction: Transaction, request: RequestRow) -> None:
-    if not transaction.change(
+def _take_request(transaction: Transaction, request: RequestRow) -> Awaitable[int]:
+    return transaction.change(
         "INSERT INTO request (caller, method, request_id, content, launch_id) VALUES (?, ?, ?, ?, ?) "
         "ON CONFLICT DO NOTHING",
         *(*key_cells(request.key), request.content, str(request.launch_id)),
-    ):
-        raise Decided(Outcome.REQUEST_TAKEN)
+    )
 
 
-def spend(transaction: Transaction, spending: Spending) -> None:
+def the_ledger(transaction: Transaction, spending: Spending) -> Awaitable[Row | None]:
+    """Ask for the ledger of a grant, for `spend`."""
+    return transaction.row("SELECT open, released, refused, rate_time FROM ledger WHERE grant_name=?", spending.grant)
+
+
+async def spend(transaction: Transaction, spending: Spending, ledger: Awaitable[Row | None]) -> None:
     """Do to a grant's ledger what the spending says; what that raises ends the transaction."""
-    ledger = _locked_ledger(transaction, spending.grant)
-    _keep_ledger(transaction, spending.grant, ledger, spending.change(ledger))
-
-
-def _locked_ledger(transaction: Transaction, grant: str) -> LedgerRow:
-    """The ledger of a grant, made where there is none yet; nobody else changes it before the transaction ends."""
-    query = "SELECT open, released, refused, rate_time FROM ledger WHERE grant_name=? FOR UPDATE"
-    row = transaction.row(query, grant)
-    if row is None:
-        transaction.change(
-            "INSERT INTO ledger (grant_name, open, released, refused, rate_time) VALUES (?, 0, 0, 0, 0) "
-            "ON CONFLICT DO NOTHING",
-            grant,
+    row = await ledger
+    before = LedgerRow() if row is None else _ledger_of(row)
+    after = spending.change(before)
+    if after != before:
+        transaction.tell(
+            "INSERT INTO ledger (grant_name, open, released, refused, rate_time) VALUES (?, ?, ?, ?, ?) "
+            "ON CONFLICT (grant_name) DO UPDATE SET open=excluded.open, released=excluded.released, "
+            "refused=excluded.refused, rate_time=excluded.rate_time",
+            *(spending.grant, after.open, after.released, after.refused, after.rate_time),
         )
-        row = transaction.row(query, grant)
-    if row is None:
-        raise ValueError("a ledger that was just written is there")
-    return _ledger_of(row)
 
 
 def _ledger_of(row: Sequence[int]) -> LedgerRow:
     return LedgerRow(open=row[0], released=row[1], refused=row[2], rate_time=row[3])
-
-
-def _keep_ledger(transaction: Transaction, grant: str, before: LedgerRow, after: LedgerRow) -> None:
-    if after != before:
-        transaction.change(
-            "UPDATE ledger SET open=?, released=?, refused=?, rate_time=? WHERE grant_name=?",
-            *(after.open, after.released, after.refused, after.rate_time, grant),
-        )
 
 
 def _insert(transaction: Transaction, opening: Opening, *, shared: bool) -> None:
@@ -302,14 +300,14 @@ def _insert(transaction: Transaction, opening: Opening, *, shared: bool) -> None
     if launch.keys is None:
         raise ValueError("an open launch has keys")
     if shared:
-        transaction.change(
+        transaction.tell(
             "INSERT INTO terms (terms_id, body) VALUES (?, ?) ON CONFLICT DO NOTHING", launch.terms_id, opening.terms
         )
-        transaction.change(
+        transaction.tell(
             "INSERT INTO platform (platform_id, chain) VALUES (?, ?) ON CONFLICT DO NOTHING",
             *(launch.platform_id, opening.chain),
         )
-    transaction.change(
+    transaction.tell(
         "INSERT INTO launch (launch_id, caller, state, workload, workload_version, terms_id, platform_id, generation, "
         "fingerprint, policy, godh, session, pdh_fingerprint, tek, tik, create_time, expire_time, grant_name, chip_id, "
         "oca) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -320,25 +318,23 @@ def _insert(transaction: Transaction, opening: Opening, *, shared: bool) -> None
     )
 
 
-def _end(transaction: Transaction, move: Move) -> bool:
-    """The compare-and-set; whether the launch was as expected."""
+def _end(transaction: Transaction, move: Move) -> Awaitable[int]:
+    """The compare-and-set; 1 where the launch was as expected."""
     now, packet = stamp(move.time), move.packet
-    return bool(
-        transaction.change(
-            "UPDATE launch SET state=?, reason=?, end_time=?, tek=NULL, tik=NULL, measurement=?, digest=?, "
-            "packet_header=?, packet_payload=?, receipt=?, generated=?, audit_id=?, firmware=? "
-            "WHERE launch_id=? AND state=? AND expire_time>? AND expire_time<=?",
-            *(move.to, move.reason, now, move.measurement, move.digest),
-            *((packet.header, packet.payload, packet.receipt) if packet else (None, None, None)),
-            *(move.generated, str(move.audit.audit_id), firmware_text(move.firmware)),
-            *(str(move.launch_id), move.expected),
-            *(now if move.in_time else -1, now if move.overdue else _FOREVER),
-        )
+    return transaction.change(
+        "UPDATE launch SET state=?, reason=?, end_time=?, tek=NULL, tik=NULL, measurement=?, digest=?, "
+        "packet_header=?, packet_payload=?, receipt=?, generated=?, audit_id=?, firmware=? "
+        "WHERE launch_id=? AND state=? AND expire_time>? AND expire_time<=?",
+        *(move.to, move.reason, now, move.measurement, move.digest),
+        *((packet.header, packet.payload, packet.receipt) if packet else (None, None, None)),
+        *(move.generated, str(move.audit.audit_id), firmware_text(move.firmware)),
+        *(str(move.launch_id), move.expected),
+        *(now if move.in_time else -1, now if move.overdue else _FOREVER),
     )
 
 
 def _sight(transaction: Transaction, sighting: PdhSighting) -> None:
-    transaction.change(
+    transaction.tell(
         "INSERT INTO pdh (pdh_fingerprint, api_major, api_minor, build) VALUES (?, ?, ?, ?) "
         "ON CONFLICT (pdh_fingerprint) DO UPDATE "
         "SET api_major=excluded.api_major, api_minor=excluded.api_minor, build=excluded.build "

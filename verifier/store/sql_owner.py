@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from uuid import UUID
 
@@ -20,7 +20,7 @@ from verifier.store.rows import (
     SealedBlob,
     StoredSecret,
 )
-from verifier.store.sql_common import Decided, OverEngine, append, locked_revision
+from verifier.store.sql_common import Decided, OverEngine, append, the_head
 from verifier.store.sql_rows import (
     DOCUMENT_COLUMNS,
     SECRET_COLUMNS,
@@ -42,22 +42,25 @@ class Documents(OverEngine):
 
     async def revise(self, seal: DocumentSeal) -> None:
         """See `Store`."""
-        # The row's lock waits for whoever commits what was judged by the revision of before.
-        await self._engine.write("revise", lambda transaction: _revise(transaction, _sealed(transaction, seal), seal))
+
+        async def work(transaction: Transaction) -> None:
+            _revise(transaction, _sealed(await transaction.rows(_DOCUMENTS), seal), seal)
+
+        await self._engine.write("revise", work)
 
     async def documents(self) -> DocumentSet:
         """See `Store`."""
-        return await self._engine.read(_documents)
+        return _documents(await self._rows(_DOCUMENTS))
 
     async def seal_documents(self, reviewed: DocumentSet, seal: DocumentSeal, audit: AuditRow) -> Outcome:
         """See `Store`."""
 
-        def work(transaction: Transaction) -> None:
-            locked_revision(transaction, change=True)
-            if _documents(transaction) != reviewed:
+        async def work(transaction: Transaction) -> None:
+            asked, head = transaction.rows(_DOCUMENTS), the_head(transaction)
+            if _documents(await asked) != reviewed:
                 raise Decided(Outcome.DOCUMENTS_CHANGED)
-            # What was seen is sealed, whatever somebody without regard for locks writes meanwhile.
-            _revise(transaction, reviewed, seal, audit)
+            # What was seen is sealed, whatever somebody without regard for the turn writes meanwhile.
+            _revise(transaction, replace(reviewed, change=await append(transaction, head, audit)), seal)
 
         return await self._decide("seal", work)
 
@@ -79,9 +82,10 @@ class Documents(OverEngine):
         """See `Store`."""
         place = (document.kind, document.name, document.version)
 
-        def work(transaction: Transaction) -> Outcome:
-            found = _sealed(transaction, seal)
-            _take(transaction, request)
+        async def work(transaction: Transaction) -> Outcome:
+            asked, taken, head = transaction.rows(_DOCUMENTS), _take(transaction, request), the_head(transaction)
+            found = _sealed(await asked, seal)
+            await _require_taken(taken)
             if revision not in {None, found.revision}:
                 raise Decided(Outcome.DOCUMENTS_CHANGED)
             for row in found.rows:
@@ -89,11 +93,12 @@ class Documents(OverEngine):
                     if (row.text, row.is_json) != (document.text, document.is_json):
                         raise Decided(Outcome.CONFLICT)
                     return Outcome.UNCHANGED
-            transaction.change(
+            transaction.tell(
                 f"INSERT INTO document ({DOCUMENT_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)",  # noqa: S608 -- constants
                 *(*place, document.text, int(document.is_json), stamp(document.apply_time)),
             )
-            _revise(transaction, replace(found, rows=(*found.rows, document)), seal, audit)
+            change = await append(transaction, head, audit)
+            _revise(transaction, replace(found, rows=(*found.rows, document), change=change), seal)
             return Outcome.DONE
 
         try:
@@ -106,13 +111,15 @@ class Documents(OverEngine):
     ) -> Outcome:
         """See `Store`."""
 
-        def work(transaction: Transaction) -> None:
-            found = _sealed(transaction, seal)
-            _take(transaction, request)
-            if not transaction.change("DELETE FROM document WHERE kind=? AND name=?", kind, name):
+        async def work(transaction: Transaction) -> None:
+            asked, taken, head = transaction.rows(_DOCUMENTS), _take(transaction, request), the_head(transaction)
+            deleted = transaction.change("DELETE FROM document WHERE kind=? AND name=?", kind, name)
+            found = _sealed(await asked, seal)
+            await _require_taken(taken)
+            if not await deleted:
                 raise Decided(Outcome.LOST)
             left = tuple(row for row in found.rows if (row.kind, row.name) != (kind, name))
-            _revise(transaction, replace(found, rows=left), seal, audit)
+            _revise(transaction, replace(found, rows=left, change=await append(transaction, head, audit)), seal)
 
         return await self._decide("delete", work)
 
@@ -125,23 +132,26 @@ class Secrets(OverEngine):
     ) -> tuple[Outcome, int]:
         """See `Store`."""
 
-        def work(transaction: Transaction) -> int:
+        async def work(transaction: Transaction) -> int:
             # The version is known only below; until then the request holds its place.
-            _take(transaction, request)
-            version: int = transaction.rows(
+            taken = _take(transaction, request)
+            named = transaction.one(
                 "INSERT INTO secret_name (name, last_version) VALUES (?, 1) "
                 "ON CONFLICT (name) DO UPDATE SET last_version=secret_name.last_version+1 RETURNING last_version",
                 name,
-            )[0][0]
-            transaction.change(
+            )
+            head = the_head(transaction)
+            await _require_taken(taken)
+            version: int = (await named)[0]
+            transaction.tell(
                 f"INSERT INTO secret ({SECRET_COLUMNS}) VALUES (?, ?, ?, ?, ?)",  # noqa: S608 -- constants
                 *(name, version, seal(version), size, stamp(audit.time)),
             )
-            transaction.change(
+            transaction.tell(
                 "UPDATE admin_request SET answer=? WHERE caller=? AND method=? AND request_id=?",
                 *(_with_version(request.answer, version), *key_cells(request.key)),
             )
-            append(transaction, replace(audit, body=_with_version(audit.body, version)))
+            await append(transaction, head, replace(audit, body=_with_version(audit.body, version)))
             return version
 
         try:
@@ -169,15 +179,15 @@ class Secrets(OverEngine):
     async def delete_secret(self, name: str, request: AdminRequest, audit: AuditRow, seal: DocumentSeal) -> Outcome:
         """See `Store`."""
 
-        def work(transaction: Transaction) -> None:
-            # A release that read the secret before this must not come after it.
-            found = _sealed(transaction, seal)
-            _take(transaction, request)
-            # The name's row first, as `put_secret` does: a version that is being put is erased too, or comes after.
-            transaction.rows("SELECT last_version FROM secret_name WHERE name=? FOR UPDATE", name)
-            if not transaction.change("DELETE FROM secret WHERE name=?", name):
+        async def work(transaction: Transaction) -> None:
+            asked, taken, head = transaction.rows(_DOCUMENTS), _take(transaction, request), the_head(transaction)
+            deleted = transaction.change("DELETE FROM secret WHERE name=?", name)
+            found = _sealed(await asked, seal)
+            await _require_taken(taken)
+            if not await deleted:
                 raise Decided(Outcome.LOST)
-            append(transaction, audit)
+            await append(transaction, head, audit)
+            # A release that read the secret before this must not come after it.
             _revise(transaction, found, seal)
 
         return await self._decide("delete-secret", work)
@@ -190,9 +200,9 @@ class Secrets(OverEngine):
     async def keep_identity(self, name: str, sealed: bytes) -> bytes:
         """See `Store`."""
 
-        def work(transaction: Transaction) -> bytes:
-            transaction.change("INSERT INTO identity (name, sealed) VALUES (?, ?) ON CONFLICT DO NOTHING", name, sealed)
-            kept: bytes = transaction.rows("SELECT sealed FROM identity WHERE name=?", name)[0][0]
+        async def work(transaction: Transaction) -> bytes:
+            transaction.tell("INSERT INTO identity (name, sealed) VALUES (?, ?) ON CONFLICT DO NOTHING", name, sealed)
+            kept: bytes = (await transaction.one("SELECT sealed FROM identity WHERE name=?", name))[0]
             return kept
 
         return await self._engine.write("keep-identity", work)
@@ -200,13 +210,13 @@ class Secrets(OverEngine):
     async def sealing_keys(self) -> frozenset[bytes]:
         """See `Store`."""
 
-        def work(transaction: Transaction) -> frozenset[bytes]:
-            found = {row[0] for query in _KEYS for row in transaction.rows(query)}
+        async def work(transaction: Transaction) -> frozenset[bytes]:
+            found = {row[0] for asked in [transaction.rows(query) for query in _KEYS] for row in await asked}
             # Generated secrets stay for ever. One look into the index for each key, not for each secret.
-            last = transaction.row(_NEXT_GENERATED, b"")
+            last = await transaction.row(_NEXT_GENERATED, b"")
             while last is not None:
                 found.add(last[0])
-                last = transaction.row(_NEXT_GENERATED, last[0])
+                last = await transaction.row(_NEXT_GENERATED, last[0])
             return frozenset(found)
 
         return await self._engine.read(work)
@@ -214,11 +224,11 @@ class Secrets(OverEngine):
     async def sealed_under_others(self, key_id: bytes, limit: int) -> Sequence[SealedBlob]:
         """See `Store`."""
 
-        def work(transaction: Transaction) -> list[SealedBlob]:
+        async def work(transaction: Transaction) -> list[SealedBlob]:
             found: list[SealedBlob] = []
             for query, place in _OTHERS:
                 if len(found) < limit:
-                    rows = transaction.rows(query, key_id, limit - len(found))
+                    rows = await transaction.rows(query, key_id, limit - len(found))
                     found += [SealedBlob(place=place(row), sealed=row[-1]) for row in rows]
             return found
 
@@ -281,17 +291,21 @@ _OTHERS = (
 )
 
 
-def _take(transaction: Transaction, request: AdminRequest) -> None:
-    if not transaction.change(
+def _take(transaction: Transaction, request: AdminRequest) -> Awaitable[int]:
+    return transaction.change(
         "INSERT INTO admin_request (caller, method, request_id, content, answer) VALUES (?, ?, ?, ?, ?) "
         "ON CONFLICT DO NOTHING",
         *(*key_cells(request.key), request.content, request.answer),
-    ):
+    )
+
+
+async def _require_taken(taken: Awaitable[int]) -> None:
+    if not await taken:
         raise Decided(Outcome.REQUEST_TAKEN)
 
 
-def _documents(transaction: Transaction) -> DocumentSet:
-    rows = transaction.rows(_DOCUMENTS)
+def _documents(rows: Sequence[Row]) -> DocumentSet:
+    """The documents in the rows of `_DOCUMENTS`."""
     revision, tag, number, digest = rows[0][:4]
     return DocumentSet(
         revision=revision,
@@ -301,24 +315,22 @@ def _documents(transaction: Transaction) -> DocumentSet:
     )
 
 
-def _sealed(transaction: Transaction, seal: DocumentSeal) -> DocumentSet:
-    """The documents, which nobody changes before the transaction ends; they are as they were sealed."""
-    locked_revision(transaction, change=True)
-    found = _documents(transaction)
+def _sealed(rows: Sequence[Row], seal: DocumentSeal) -> DocumentSet:
+    """The documents in the rows of `_DOCUMENTS`; they are as they were sealed."""
+    found = _documents(rows)
     seal.require(found)
     return found
 
 
-def _revise(transaction: Transaction, new: DocumentSet, seal: DocumentSeal, audit: AuditRow | None = None) -> None:
-    """Give documents another revision, with the record where they were changed, and seal them.
+def _revise(transaction: Transaction, new: DocumentSet, seal: DocumentSeal) -> None:
+    """Give documents another revision, and seal them.
 
     `new` is what was found sealed and what this transaction did to it, not what it reads again: somebody without regard
-    for locks may have written meanwhile.
+    for the turn may have written meanwhile.
     """
-    change = new.change if audit is None else append(transaction, audit)
-    new = replace(new, revision=new.revision + 1, change=change)
-    transaction.change("UPDATE mark SET value=? WHERE name='revision'", new.revision)
-    transaction.change(
+    new = replace(new, revision=new.revision + 1)
+    transaction.tell("UPDATE mark SET value=? WHERE name='revision'", new.revision)
+    transaction.tell(
         "INSERT INTO document_seal (one, tag) VALUES (1, ?) ON CONFLICT (one) DO UPDATE SET tag=excluded.tag",
         seal.tag(new),
     )

@@ -9,8 +9,8 @@ from uuid import UUID
 from verifier.store.engine import Engine, Transaction, bring_forward
 from verifier.store.migrations import Step, migrations
 from verifier.store.rows import AuditRow, ChainedRecord, Checkpoint, Spending
-from verifier.store.sql_common import OverEngine, append
-from verifier.store.sql_launches import Launches, spend
+from verifier.store.sql_common import OverEngine, append, the_head
+from verifier.store.sql_launches import Launches, spend, the_ledger
 from verifier.store.sql_owner import Documents, Secrets
 from verifier.store.sql_rows import AUDIT_COLUMNS, chained_of, time_of
 
@@ -21,10 +21,12 @@ class AuditLog(OverEngine):
     async def record(self, audit: AuditRow, spending: Spending | None = None) -> None:
         """See `Store`."""
 
-        def work(transaction: Transaction) -> None:
-            if spending is not None:
-                spend(transaction, spending)
-            append(transaction, audit)
+        async def work(transaction: Transaction) -> None:
+            ledger = None if spending is None else the_ledger(transaction, spending)
+            head = the_head(transaction)
+            if spending is not None and ledger is not None:
+                await spend(transaction, spending, ledger)
+            await append(transaction, head, audit)
 
         await self._engine.write("record", work)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from uuid import UUID
 
@@ -38,17 +38,17 @@ class SqliteReading:
     async def close(self) -> None:
         """See `Engine`."""
 
-    async def read(self, work: Callable[[Transaction], T]) -> T:
+    async def read(self, work: Callable[[Transaction], Awaitable[T]]) -> T:
         """See `Engine`."""
         connection = sqlite_file.connect_reader(self._path)
         try:
-            return work(SqliteTransaction(connection))
+            return await work(SqliteTransaction(connection))
         except sqlite3.Error as error:
             raise sqlite_file.store_unavailable(error, "be read") from error
         finally:
             connection.close()
 
-    async def write(self, name: str, work: Callable[[Transaction], T]) -> T:
+    async def write(self, name: str, work: Callable[[Transaction], Awaitable[T]]) -> T:
         """Nothing is written beside that process."""
         raise NotImplementedError
 

@@ -4,10 +4,7 @@ Statements run on the event loop. They take microseconds, for what they need is 
 thread and back, both wanting the interpreter, takes a multiple of that. What waits for the disk or for somebody else is
 on the engine's own thread: commits, checkpoints, opening, closing, a file that another program has locked.
 
-Transactions that come while a commit is under way share the next one, each in a savepoint of its own: the disk is
-waited for once, and nobody is answered before. As long as they come like that, each commit waits some milliseconds for
-more. Where a common commit does not come about, each of them is tried alone. A caller that is cancelled leaves no
-transaction open. Reading sees what was committed and nothing else.
+Transactions share commits (`verifier.store.together`). Reading sees what was committed and nothing else.
 
 Whatever SQLite raises becomes `Unavailable(STORE_UNAVAILABLE)` after a rollback, and the connections are made anew for
 the next call: a disk that has space again, or is writable again, needs no restart.
@@ -20,21 +17,21 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
-from typing import Any, Generic, cast
+from typing import Any
 
 from common.errors import Unavailable
 from verifier.store import sqlite_file
-from verifier.store.engine import Row, T, Transaction, Value, no_step, unavailable
+from verifier.store.engine import Row, T, Transaction, Value, done, no_step, unavailable
+from verifier.store.together import Together, Write
 
-TOGETHER_MAX = 64  # transactions in one commit, so that the first does not wait long for the last
-# A commit costs as much as two launches' statements, so under load it is worth a little waiting; a caller that is alone
-# never waits.
+# A commit costs as much as two launches' statements, so under load it is worth a little waiting.
 COMPANY_S = 0.01
+_FAULTS = (sqlite3.Error, OSError)
 
 
 class SqliteTransaction:
@@ -44,36 +41,37 @@ class SqliteTransaction:
         """Take a connection, in a transaction or to be read from."""
         self._connection = connection
 
-    def rows(self, sql: str, *values: Value) -> list[Row]:
+    def rows(self, sql: str, *values: Value) -> Awaitable[list[Row]]:
         """See `Transaction`."""
-        return self._connection.execute(_without_locks(sql), values).fetchall()
+        return done(self._connection.execute(sql, values).fetchall())
 
-    def row(self, sql: str, *values: Value) -> Row | None:
+    def row(self, sql: str, *values: Value) -> Awaitable[Row | None]:
         """See `Transaction`."""
-        found = self.rows(sql, *values)
-        return found[0] if found else None
+        # Not the first alone: a statement that is not read to its end keeps what it sees.
+        found = self._connection.execute(sql, values).fetchall()
+        return done(found[0] if found else None)
 
-    def change(self, sql: str, *values: Value) -> int:
+    def one(self, sql: str, *values: Value) -> Awaitable[Row]:
         """See `Transaction`."""
-        return self._connection.execute(sql, values).rowcount
+        return done(self._connection.execute(sql, values).fetchall()[0])
 
-    def script(self, sql: str) -> None:
+    def change(self, sql: str, *values: Value) -> Awaitable[int]:
+        """See `Transaction`."""
+        return done(self._connection.execute(sql, values).rowcount)
+
+    def tell(self, sql: str, *values: Value) -> None:
+        """See `Transaction`."""
+        self._connection.execute(sql, values)
+
+    async def script(self, sql: str) -> None:
         """See `Transaction`."""
         # Not `executescript`, which would commit first.
         for statement in _statements(sql):
             self._connection.execute(statement)
 
-    def has_table(self, name: str) -> bool:
+    async def has_table(self, name: str) -> bool:
         """See `Transaction`."""
-        return self.row("SELECT 1 FROM sqlite_schema WHERE type='table' AND name=?", name) is not None
-
-    def lock(self, name: str) -> None:
-        """See `Transaction`; there is no other transaction."""
-
-
-@lru_cache
-def _without_locks(sql: str) -> str:
-    return sql.removesuffix(" FOR UPDATE").removesuffix(" FOR SHARE")
+        return await self.row("SELECT 1 FROM sqlite_schema WHERE type='table' AND name=?", name) is not None
 
 
 def _statements(script: str) -> Iterator[str]:
@@ -83,34 +81,6 @@ def _statements(script: str) -> Iterator[str]:
         if sqlite3.complete_statement(pending):
             yield pending
             pending = ""
-
-
-class _Write(Generic[T]):
-    """A transaction that waits for its commit, and what became of it.
-
-    Attributes:
-        name: of its steps.
-        work: what it does.
-        result: what `work` returned; counts while there is no `error`.
-        error: what it raised, or why it was not committed.
-        answered: for whoever waits.
-    """
-
-    def __init__(self, name: str, work: Callable[[Transaction], T]) -> None:
-        self.name = name
-        self.work = work
-        self.result: T | None = None
-        self.error: BaseException | None = None
-        self.answered: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-
-    def answer(self) -> None:
-        """Tell whoever waits; nobody does where the caller was cancelled."""
-        if self.answered.done():
-            return
-        if self.error is not None:
-            self.answered.set_exception(self.error)
-        else:
-            self.answered.set_result(cast("T", self.result))
 
 
 class SqliteEngine:
@@ -127,9 +97,7 @@ class SqliteEngine:
         self._writer: sqlite3.Connection | None = None
         self._reader: sqlite3.Connection | None = None
         self._turn = asyncio.Lock()  # whose turn it is to use the connection that writes
-        self._waiting: list[_Write[Any]] = []
-        self._committing: asyncio.Task[None] | None = None
-        self._company = False  # whether the last commit was shared, or somebody waited for its end
+        self._together = Together(self._commit, company_seconds=COMPANY_S)
         self._lock: sqlite_file.FolderLock | None = None
         self._inode = (0, 0)
 
@@ -164,12 +132,12 @@ class SqliteEngine:
             await self._apart(stop)
         self._thread.shutdown(wait=True)
 
-    async def read(self, work: Callable[[Transaction], T]) -> T:
+    async def read(self, work: Callable[[Transaction], Awaitable[T]]) -> T:
         """See `Engine`."""
         try:
             self._still_there()
             # The connection that writes knows what it has just written; the other one would have to read it again.
-            return work(SqliteTransaction(self._to_read() if self._turn.locked() else self._to_write()))
+            return await work(SqliteTransaction(self._to_read() if self._turn.locked() else self._to_write()))
         except (sqlite3.Error, OSError) as error:
             if self._turn.locked():
                 _close(self._reader)
@@ -178,13 +146,9 @@ class SqliteEngine:
                 self._disconnect()
             raise sqlite_file.store_unavailable(error, "be read") from error
 
-    async def write(self, name: str, work: Callable[[Transaction], T]) -> T:
+    async def write(self, name: str, work: Callable[[Transaction], Awaitable[T]]) -> T:
         """See `Engine`."""
-        write = _Write(name, work)
-        self._waiting.append(write)
-        if self._committing is None:
-            self._committing = asyncio.create_task(self._commit_waiting())
-        return await write.answered
+        return await self._together.write(name, work)
 
     async def flush(self) -> None:
         """Empty the write-ahead log: in the file itself, what was erased is overwritten."""
@@ -202,54 +166,34 @@ class SqliteEngine:
 
     # Commits.
 
-    async def _commit_waiting(self) -> None:
-        """Carry out all transactions that wait, and those that come meanwhile: in one commit, or else each alone."""
-        while self._waiting:
-            if self._company and len(self._waiting) < TOGETHER_MAX:
-                await asyncio.sleep(COMPANY_S)
-            writes, self._waiting = self._waiting[:TOGETHER_MAX], self._waiting[TOGETHER_MAX:]
+    async def _commit(self, writes: Sequence[Write[Any]]) -> int:
+        """See `Together`."""
+        async with self._turn:
             try:
-                async with self._turn:
-                    if not await self._commit(writes):
-                        for each in writes:
-                            each.error = None
-                            await self._commit([each])
-            except BaseException as error:  # noqa: BLE001 -- a defect is no reason to leave anybody waiting
+                self._still_there()
+                connection = await self._begun()
+                transaction = SqliteTransaction(connection)
+                together = len(writes) > 1
+                kept = [each for each in writes if await each.carry_out(transaction, _FAULTS, together=together)]
+                for each in kept:
+                    self._on_step(f"{each.name}:before-commit")
+                if kept:
+                    await self._apart(partial(connection.execute, "COMMIT"))
+                else:
+                    connection.execute("ROLLBACK")
+            except Exception as error:
+                rolled_back = self._roll_back()
+                self._disconnect()
+                if not isinstance(error, (*_FAULTS, Unavailable)):
+                    raise
                 for each in writes:
-                    each.error = error
-            for each in writes:
-                each.answer()
-            self._company = len(writes) + len(self._waiting) > 1
-        self._committing = None
-
-    async def _commit(self, writes: Sequence[_Write[Any]]) -> bool:
-        """Carry transactions out in one commit.
-
-        Returns:
-            Whether each has its answer with that; otherwise certainly nothing was kept, for the fault of one of them.
-        """
-        try:
-            self._still_there()
-            connection = await self._begun()
-            kept = [each for each in writes if self._carry_out(each, connection)]
-            if kept:
-                await self._apart(partial(connection.execute, "COMMIT"))
-            else:
-                connection.execute("ROLLBACK")
-        except (sqlite3.Error, OSError, Unavailable) as error:
-            rolled_back = self._roll_back()
-            self._disconnect()
-            for each in writes:
-                each.error = (
-                    error if isinstance(error, Unavailable) else sqlite_file.store_unavailable(error, "be written")
-                )
-            return len(writes) == 1 or not rolled_back
+                    each.error = (
+                        error if isinstance(error, Unavailable) else sqlite_file.store_unavailable(error, "be written")
+                    )
+                return 0 if len(writes) > 1 and rolled_back else len(writes)
         for each in kept:
-            try:
-                self._on_step(f"{each.name}:after-commit")
-            except BaseException as error:  # noqa: BLE001 -- raised where somebody waits for it
-                each.error = error
-        return True
+            self._on_step(f"{each.name}:after-commit")
+        return len(writes)
 
     async def _begun(self) -> sqlite3.Connection:
         """The connection that writes, in a transaction."""
@@ -261,20 +205,6 @@ class SqliteEngine:
         except sqlite3.OperationalError:  # another program has it locked: wait for that, as long as is set
             await self._apart(partial(sqlite_file.begin_patiently, connection))
         return connection
-
-    def _carry_out(self, write: _Write[Any], connection: sqlite3.Connection) -> bool:
-        """Do what one transaction does; whether it is to be kept."""
-        connection.execute("SAVEPOINT one")
-        try:
-            write.result = write.work(SqliteTransaction(connection))
-            self._on_step(f"{write.name}:before-commit")
-        except (sqlite3.Error, OSError):
-            raise
-        except BaseException as error:  # noqa: BLE001 -- raised where somebody waits for it
-            write.error = error
-            connection.execute("ROLLBACK TO one")
-        connection.execute("RELEASE one")
-        return write.error is None
 
     def _roll_back(self) -> bool:
         """Give up a transaction; whether there was one to give up, so that it certainly was not committed."""

@@ -125,6 +125,7 @@ def test_an_empty_folder_and_a_missing_key_service_are_warnings(tmp_path: Path) 
         ('[limits]\nrefusals = "0/1h"', "limits: refusals: must be a number in a period"),
         ("[limits]\nspeed = 1", 'unknown key "limits.speed"'),
         ("[limits]\nsweep_interval = nan", "limits: sweep_interval: must be 1 to 3600"),
+        ('[store]\npostgres = "dsn"\nconnections = 1', "store: connections: must be 2 to 64"),
     ],
 )
 def test_a_bad_key_is_named_with_its_path(

@@ -32,8 +32,8 @@ async def site(tmp_path: Path) -> AsyncIterator[OwnerSite]:
 
 
 async def write(site: OwnerSite, statement: str, *values: Value) -> None:
-    def work(transaction: Any) -> None:
-        assert transaction.change(statement, *values)
+    async def work(transaction: Any) -> None:
+        assert await transaction.change(statement, *values)
 
     await site.desk.store._engine.write("vandal", work)
 

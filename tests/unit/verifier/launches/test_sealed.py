@@ -54,8 +54,8 @@ def other(value: Any) -> Any:
 async def sql(site: Desk, statement: str, *values: Value) -> None:
     """Write to the database as somebody who has no key."""
 
-    def work(transaction: Any) -> None:
-        assert transaction.change(statement, *values) == 1
+    async def work(transaction: Any) -> None:
+        assert await transaction.change(statement, *values) == 1
 
     await site.store._engine.write("vandal", work)
 
@@ -63,8 +63,8 @@ async def sql(site: Desk, statement: str, *values: Value) -> None:
 async def cell(site: Desk, launch_id: UUID, column: str) -> Any:
     """What a launch has in a column."""
 
-    def work(transaction: Any) -> Any:
-        return transaction.row(f"SELECT {column} FROM launch WHERE launch_id=?", str(launch_id))[0]  # noqa: S608 -- ours
+    async def work(transaction: Any) -> Any:
+        return (await transaction.one(f"SELECT {column} FROM launch WHERE launch_id=?", str(launch_id)))[0]  # noqa: S608 -- ours
 
     return await site.store._engine.read(work)
 

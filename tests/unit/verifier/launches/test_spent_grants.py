@@ -159,10 +159,7 @@ async def test_a_look_at_the_ledger_is_no_statement_more(site_of: Callable[..., 
     engine = site.desk.store._engine
     assert isinstance(engine, SqliteEngine)
     said: list[str] = []
-    await engine.read(lambda _: None)
-    connection = engine._writer
-    assert connection is not None
-    connection.set_trace_callback(said.append)
+    engine._to_write().set_trace_callback(said.append)
 
     async def asked(**which: Any) -> int:
         said.clear()
@@ -171,5 +168,5 @@ async def test_a_look_at_the_ledger_is_no_statement_more(site_of: Callable[..., 
 
     await asked()
     await asked(grant="g")
-    # With a grant: its row is read under its lock in the transaction that reserves, as before, and nothing else.
+    # With a grant: its row is read in the transaction that reserves, as before, and nothing else.
     assert await asked(grant="g") == await asked() + 1

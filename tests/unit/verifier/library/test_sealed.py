@@ -270,12 +270,12 @@ async def test_who_answered_an_owner_believes_in_nothing_older_although_all_is_s
         row = old.rows[0]
         cells = (row.kind, row.name, row.version, row.text, int(row.is_json), stamp(row.apply_time))
 
-        def set_back(transaction: Any) -> None:
-            transaction.change(insert, *cells)
-            transaction.change("UPDATE mark SET value=? WHERE name='revision'", old.revision)
-            transaction.change("UPDATE document_seal SET tag=?", old.tag)
-            transaction.change("DROP TRIGGER audit_is_not_removed")
-            transaction.change("DELETE FROM audit WHERE event='document.deleted'")
+        async def set_back(transaction: Any) -> None:
+            transaction.tell(insert, *cells)
+            transaction.tell("UPDATE mark SET value=? WHERE name='revision'", old.revision)
+            transaction.tell("UPDATE document_seal SET tag=?", old.tag)
+            transaction.tell("DROP TRIGGER audit_is_not_removed")
+            transaction.tell("DELETE FROM audit WHERE event='document.deleted'")
 
         await site.desk.store._engine.write("vandal", set_back)
         assert await site.desk.store.documents() == old

@@ -10,11 +10,13 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from common.errors import InvalidInput, Reason, Unavailable
 from tests.support.store_rows import GENERATED, SEAL, TEK, TIK, admin_request, audit, opening, release, sealed
+from verifier.store.engine import Transaction
 from verifier.store.rows import Outcome
 from verifier.store.sqlite import SqliteStore, read_audit
 from verifier.store.sqlite_engine import SqliteEngine
@@ -29,8 +31,7 @@ def engine_of(store: SqliteStore) -> SqliteEngine:
 
 async def forget(store: SqliteStore) -> None:
     """Let the next call make a connection of its own."""
-    engine = engine_of(store)
-    await engine.read(lambda _transaction: engine._disconnect())
+    engine_of(store)._disconnect()
 
 
 @pytest.fixture
@@ -223,13 +224,11 @@ async def test_an_audit_log_of_another_schema_is_not_read(store: SqliteStore, tm
 
 
 async def test_each_commit_is_synced_to_the_disk(store: SqliteStore) -> None:
-    values = await engine_of(store).read(
-        lambda transaction: {
-            name: transaction.rows(f"PRAGMA {name}")[0][0]
-            for name in ("journal_mode", "synchronous", "secure_delete", "foreign_keys", "trusted_schema")
-        }
-    )
-    assert values == {
+    async def look(transaction: Transaction) -> dict[str, Any]:
+        names = ("journal_mode", "synchronous", "secure_delete", "foreign_keys", "trusted_schema")
+        return {name: (await transaction.rows(f"PRAGMA {name}"))[0][0] for name in names}
+
+    assert await engine_of(store).read(look) == {
         "journal_mode": "wal",
         "synchronous": 2,
         "secure_delete": 1,
