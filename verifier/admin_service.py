@@ -121,8 +121,8 @@ class AdminServicer(verifier_admin_service_pb2_grpc.VerifierAdminServiceServicer
     ) -> pb.DeleteSecretResponse:
         """Erase a secret."""
         asked, name = _asked(request.request_id), wire.name("name", request.name)
-        await shielded(self._desks.secrets.delete(asked, name))
-        return pb.DeleteSecretResponse()
+        erased = await shielded(self._desks.secrets.delete(asked, name, allow_used=request.allow_used))
+        return pb.DeleteSecretResponse(versions=erased)
 
     # Launches.
 

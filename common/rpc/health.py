@@ -7,6 +7,7 @@ service manager) have no certificate; they ask a Unix socket that serves health 
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +17,7 @@ from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthServicer, HealthStub
 
-from common.errors import InvalidInput, NotFound, Reason
+from common.errors import InvalidInput, NotFound, Reason, Unavailable
 
 # The stubs are older than Health.List.
 _pb2 = cast("Any", health_pb2)
@@ -114,10 +115,27 @@ def socket_target(path: Path) -> str:
 
 
 async def probe(path: Path, *, timeout: float = 5.0) -> bool:  # noqa: ASYNC109 -- becomes the RPC's own deadline
-    """Ask the process behind the health socket at `path` whether it is ready; False also where nobody answers."""
+    """Ask the process behind the health socket at `path` whether it is ready.
+
+    Raises:
+        InvalidInput: `INVALID_CONFIGURATION`; the path does not fit into a socket's address.
+        Unavailable: `UNREACHABLE`; nobody answers there within `timeout` seconds.
+    """
     async with grpc.aio.insecure_channel(socket_target(path), options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:
             answer = await cast("Any", HealthStub(channel)).Check(HealthCheckRequest(), timeout=timeout)
-        except grpc.aio.AioRpcError:
-            return False
+        except grpc.aio.AioRpcError as error:
+            why = _against_connecting(path) or "it takes a connection and does not answer"
+            raise Unavailable(Reason.UNREACHABLE, f"nobody answers on the health socket {path}: {why}") from error
     return bool(answer.status == _SERVING)
+
+
+def _against_connecting(path: Path) -> str:
+    """What the system says against a connection, in fewer words than gRPC; empty where there is one."""
+    with socket.socket(socket.AF_UNIX) as plain:
+        plain.setblocking(False)
+        try:
+            plain.connect(str(path))
+        except OSError as error:
+            return (error.strerror or "cannot be connected to").lower()
+    return ""

@@ -23,7 +23,7 @@ from common.rpc.client import call
 from orchestrator.demo.processes import script
 from sevattest.v1 import platform_pb2, verifier_service_pb2
 from tests.cli.transcripts import Said, run
-from tests.support.documents import CALLER, grant, platform, revocation, workload
+from tests.support.documents import CALLER, SECRET_GUID, grant, platform, revocation, workload
 from tests.support.eventually import until
 from tests.support.owner_process import OwnersVerifier, owners_verifier
 from tests.support.spellings import shown_in
@@ -193,7 +193,10 @@ def test_a_grant_is_described_with_what_is_spent(served: OwnersVerifier, tmp_pat
     )
     owner(served, "delete", "grant", name)
     lines = owner(served, "describe", "grant", name).out.splitlines()
-    assert lines[1] == "  withdrawn; cannot be spent now: NOT_FOUND"
+    assert lines[1:] == [
+        f"  deleted: no version of Grant {name} is on file, so nothing is begun under it; its ledger stays",
+        "  released 0, open 1, refused 0",
+    ]
     assert owner(served, "describe", "grant", f"{name}-other").code == 2
     assert owner(served, "describe", "platform", name).code == 2
 
@@ -215,9 +218,28 @@ def test_a_secret_goes_in_and_never_comes_out(served: OwnersVerifier, tmp_path: 
     said.append(owner(served, "audit", "list"))
     assert "secret.put" in said[4].out
     said.append(owner(served, "secret", "delete", name))
-    assert said[5] == Said(out=f"secret {name}: erased, with all its versions\n", err="", code=0)
+    assert said[5] == Said(out=f"secret {name}: erased, with all its versions (2)\n", err="", code=0)
     assert owner(served, "secret", "delete", name).code == 2
     assert shown_in(value, *(each.out + each.err for each in said), served.log) == []
+
+
+def test_a_secret_that_a_workload_names_is_not_erased_by_a_slip(
+    served: OwnersVerifier, tmp_path: Path, name: str
+) -> None:
+    value = tmp_path / "secret"
+    value.write_bytes(b"once and never again")
+    assert owner(served, "secret", "put", name, "--file", value).code == 0
+    secret = {"guid": str(SECRET_GUID), "source": {"stored": name}}
+    file = write(tmp_path, workload(name, secrets=[secret]))
+    assert owner(served, "apply", "-f", file).code == 0
+    said = owner(served, "secret", "delete", name)
+    assert (said.out, said.code) == ("", 1)
+    assert f"secret {name} is named by workloads on file: {name} 1; nothing was erased" in said.err
+    assert "hint: withdraw those workloads first; --allow-used" in said.err
+    assert f"\n{name} " in owner(served, "secret", "list").out
+    said = owner(served, "secret", "delete", name, "--allow-used")
+    assert said == Said(out=f"secret {name}: erased, with all its versions (1)\n", err="", code=0)
+    assert f"\n{name} " not in owner(served, "secret", "list").out
 
 
 def test_a_secret_comes_from_standard_input_too(served: OwnersVerifier, name: str) -> None:

@@ -18,7 +18,7 @@ from common.rpc.client import call
 from common.rpc.identity import Role
 from sevattest.v1 import platform_pb2, reason_pb2, verifier_service_pb2
 from sevattest.v1 import verifier_admin_service_pb2 as pb
-from tests.support.documents import STRANGER, grant, revocation
+from tests.support.documents import SECRET_GUID, STRANGER, grant, revocation, workload
 from tests.support.owner_process import OwnersVerifier, owners_verifier
 from tests.support.pki import Pair, raw_channel
 from tests.support.spellings import shown_in
@@ -255,7 +255,18 @@ async def test_deleting_what_is_not_there_is_not_found(stub: Any, name: str) -> 
     assert isinstance(await refused(stub.DeleteSecret, erase), NotFound)
     await ask(stub.PutSecret, put(name, b"x"))
     await ask(stub.DeleteSecret, erase)
-    assert await ask(stub.DeleteSecret, erase) == pb.DeleteSecretResponse()
+    assert await ask(stub.DeleteSecret, erase) == pb.DeleteSecretResponse(versions=1)
+
+
+async def test_a_secret_in_use_is_erased_where_the_request_says_so(stub: Any, name: str) -> None:
+    secret = {"guid": str(SECRET_GUID), "source": {"stored": name}}
+    await ask(stub.PutSecret, put(name, b"x"))
+    await ask(stub.ApplyDocument, apply(json.dumps(workload(name, secrets=[secret]))))
+    erase = pb.DeleteSecretRequest(request_id=str(uuid4()), name=name)
+    error = await refused(stub.DeleteSecret, erase)
+    assert (type(error), error.reason) == (WrongState, Reason.DOCUMENT_CONFLICT)
+    erase.allow_used = True
+    assert await ask(stub.DeleteSecret, erase) == pb.DeleteSecretResponse(versions=1)
 
 
 async def test_documents_larger_than_a_launchs_messages_travel(stub: Any, name: str) -> None:

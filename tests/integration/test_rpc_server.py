@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 from collections.abc import Coroutine
 from datetime import timedelta
@@ -194,7 +195,8 @@ async def test_a_service_that_dies_under_a_mutating_call_leaves_the_outcome_unkn
 
 async def test_probes_ask_the_socket_and_learn_when_the_server_stops(pki: Pki, tmp_path: Path) -> None:
     path = tmp_path / "health.sock"
-    assert not await probe(path, timeout=2)
+    with pytest.raises(Unavailable, match="nobody answers on the health socket .*: no such file or directory"):
+        await probe(path, timeout=2)
     async with serve(pki, health_socket=path) as site:
         assert path.stat().st_mode & 0o777 == 0o600
         assert await probe(path)
@@ -202,8 +204,24 @@ async def test_probes_ask_the_socket_and_learn_when_the_server_stops(pki: Pki, t
         assert not await probe(path)
         site.server.health.set("store", ready=True)
         assert await probe(path)
-    assert not await probe(path, timeout=2)
     assert not path.exists()
+    with pytest.raises(Unavailable):
+        await probe(path, timeout=2)
+
+
+@pytest.mark.parametrize(
+    ("listens", "why"), [(False, "connection refused"), (True, "it takes a connection and does not answer")]
+)
+async def test_a_socket_that_says_nothing_is_no_server_that_is_not_ready(
+    tmp_path: Path, *, listens: bool, why: str
+) -> None:
+    path = tmp_path / "health.sock"
+    with socket.socket(socket.AF_UNIX) as mute:
+        mute.bind(str(path))
+        if listens:
+            mute.listen()
+        with pytest.raises(Unavailable, match=f"nobody answers on the health socket {path}: {why}"):
+            await probe(path, timeout=1)
 
 
 async def test_the_health_socket_serves_nothing_else(pki: Pki, tmp_path: Path) -> None:

@@ -39,7 +39,14 @@ def owner_desks(dependencies: Dependencies, library: DocumentLibrary) -> Desks:
         impact=ImpactDesk(store=d.store, library=library, denied=d.denied, pseudonym=d.pseudonyms.of),
         launches=LaunchDesk(d.store, pseudonym=d.pseudonyms.of),
         records=RecordDesk(d.store, d.signer),
-        secrets=SecretDesk(store=d.store, journal=journal, sealing=d.sealing, keyed=d.pseudonyms.of, documents=d.seal),
+        secrets=SecretDesk(
+            store=d.store,
+            journal=journal,
+            library=library,
+            sealing=d.sealing,
+            keyed=d.pseudonyms.of,
+            documents=d.seal,
+        ),
         simulate=SimulateDesk(
             store=d.store,
             library=library,

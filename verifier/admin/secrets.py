@@ -3,21 +3,33 @@
 The value is sealed before the store has it, to its name and to the version that the store gives it. It is in no record,
 no answer and no message. A request is known again by a digest of name and value; that digest is kept in the clear, and
 a passphrase could be guessed by it, so it is keyed.
+
+What is erased is gone for good, and with a disk's key all that is on the disk. So a secret that a workload on file names
+is erased only where the owner says that it is to be all the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
-from common.errors import NotFound, Reason
+from common.errors import NotFound, Reason, WrongState
+from verifier.admin.filed import Kind
 from verifier.admin.paging import Listing, Page, PageRequest
 from verifier.admin.requests import AdminMethod, Asked, Journal, KeptRequests
+from verifier.documents.sources import StoredSource
+from verifier.documents.workload import Workload
 from verifier.keys.base import SealingKey
 from verifier.launches.launch import content_hash
 from verifier.launches.records import AuditEvent
+from verifier.library.documents import Documents, Entry
+from verifier.library.validate import DocumentLibrary
 from verifier.secrets.put import secret_to_put
 from verifier.store.rows import AdminRequest, AuditRow, DocumentSeal, Outcome, StoredSecret
+
+# Workloads that a refusal names, so that it fits into a status; and that a record lists, so that it fits into a page.
+_NAMED_MAX = 3
+LISTED_MAX = 1000
 
 _LISTING = Listing("ListSecrets")
 
@@ -29,6 +41,10 @@ class SecretStore(KeptRequests, Protocol):
         self, name: str, seal: Callable[[int], bytes], size: int, request: AdminRequest, audit: AuditRow
     ) -> tuple[Outcome, int]:
         """Keep a new version of a secret."""
+        ...
+
+    async def secret(self, name: str, version: int | None) -> StoredSecret | None:
+        """One version of a secret, or the newest."""
         ...
 
     async def secrets(self, *, after: str, limit: int) -> Sequence[StoredSecret]:
@@ -48,6 +64,7 @@ class SecretDesk:
         *,
         store: SecretStore,
         journal: Journal,
+        library: DocumentLibrary,
         sealing: SealingKey,
         keyed: Callable[[str], str],
         documents: DocumentSeal,
@@ -57,12 +74,14 @@ class SecretDesk:
         Args:
             store: where they are kept.
             journal: of the owner's requests.
+            library: knows which workloads name a secret.
             sealing: seals them.
             keyed: a keyed digest of a text, which all replicas have the same key for.
             documents: the seal on the documents, which get another revision when a secret is erased.
         """
         self._store = store
         self._journal = journal
+        self._library = library
         self._sealing = sealing
         self._keyed = keyed
         self._documents = documents
@@ -104,22 +123,82 @@ class SecretDesk:
         items = found[: page.size]
         return Page(items=items, next_token=_LISTING.token(items[-1].name) if len(found) > page.size else "")
 
-    async def delete(self, asked: Asked, name: str) -> None:
-        """Erase a secret with all its versions.
+    async def delete(self, asked: Asked, name: str, *, allow_used: bool = False) -> int:
+        """Erase a secret with all its versions; how many there were.
+
+        A version that is put at this very moment may be erased uncounted; and so may a secret be that a workload names
+        which is applied at this very moment.
+
+        Args:
+            asked: who, under which id.
+            name: its name.
+            allow_used: erase it though a workload names it.
 
         Raises:
             NotFound: there is none of this name; nothing was changed.
+            WrongState: a version of a workload on file names it, or cannot be read and may name it
+                (DOCUMENT_CONFLICT); nothing was changed.
             InvalidInput: the request id was used with other content; nothing was changed.
             Unavailable: the store has no answer.
         """
-        draft = self._journal.draft(asked, AdminMethod.DELETE_SECRET, name.encode())
-        if await self._journal.answered(draft) is not None:
-            return
-        audit = self._journal.row(AuditEvent.SECRET_DELETED, asked, await self._journal.now(), name=name)
-        outcome = await self._store.delete_secret(name, draft.answering(), audit, self._documents)
+        # What does not say so has the content of requests that could not say it.
+        said = (b"allow_used",) if allow_used else ()
+        draft = self._journal.draft(asked, AdminMethod.DELETE_SECRET, name.encode(), *said)
+        if (earlier := await self._journal.answered(draft)) is not None:
+            return _erased(earlier)
+        used_by = _users(await self._library.current(), name)
+        versions = await self._versions(name)
+        if used_by and versions and not allow_used:
+            raise _in_use(name, used_by)
+        listed = {"used_by": used_by[:LISTED_MAX]} if used_by else {}
+        audit = self._journal.row(AuditEvent.SECRET_DELETED, asked, await self._journal.now(), name=name, **listed)
+        outcome = await self._store.delete_secret(name, draft.answering(versions=versions), audit, self._documents)
         if outcome is Outcome.LOST:
             raise NotFound(Reason.NOT_FOUND, f"there is no secret {name}")
         if outcome is not Outcome.DONE:
-            await self._journal.answered_meanwhile(draft)
-            return
+            return _erased(await self._journal.answered_meanwhile(draft))
         self._journal.stored(audit)
+        return versions
+
+    async def _versions(self, name: str) -> int:
+        """How many versions of a secret there are: they follow each other without a gap, up to the newest."""
+        newest = await self._store.secret(name, None)
+        if newest is None:
+            return 0
+        low, oldest = 1, newest.version
+        while low < oldest:
+            middle = (low + oldest) // 2
+            if await self._store.secret(name, middle) is None:
+                low = middle + 1
+            else:
+                oldest = middle
+        return newest.version - oldest + 1
+
+
+def _erased(answer: Mapping[str, Any]) -> int:
+    # An answer that was kept by a version that did not count has none.
+    return int(answer.get("versions", 0))
+
+
+def _users(documents: Documents, secret: str) -> list[str]:
+    """The workloads that name a secret, each with the newest of its versions that does."""
+    found: dict[str, str] = {}
+    for entry in documents.entries:
+        if entry.kind == Kind.WORKLOAD and _may_name(entry, secret):
+            found.setdefault(entry.name, entry.version)
+    return [f"{name} {version}" for name, version in found.items()]
+
+
+def _may_name(entry: Entry, secret: str) -> bool:
+    workload = entry.document
+    if not isinstance(workload, Workload):
+        return True
+    return any(isinstance(each.source, StoredSource) and each.source.name == secret for each in workload.secrets)
+
+
+def _in_use(name: str, used_by: Sequence[str]) -> WrongState:
+    more = len(used_by) - _NAMED_MAX
+    named = ", ".join(used_by[:_NAMED_MAX]) + (f" and {more} more" if more > 0 else "")
+    return WrongState(
+        Reason.DOCUMENT_CONFLICT, f"secret {name} is named by workloads on file: {named}; nothing was erased"
+    )

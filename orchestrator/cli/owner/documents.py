@@ -196,9 +196,7 @@ def _description(
 ) -> Iterator[str]:
     yield f"{kind} {name}"
     if status is not None:
-        state = "can be spent" if status.reason is None else f"cannot be spent now: {status.reason}"
-        withdrawn = "" if versions else "withdrawn; "
-        yield f"  {withdrawn}{state}"
+        yield f"  {_state(name, status)}"
         yield f"  {_spent(status)}"
     yield from (f"  {line}" for line in _listing(versions) if versions)
     if kind == "workload":
@@ -208,6 +206,12 @@ def _description(
     if versions and versions[0].json:
         yield ""
         yield as_yaml(versions[0].json)
+
+
+def _state(name: str, status: GrantStatus) -> str:
+    if status.document is None:
+        return f"deleted: no version of Grant {name} is on file, so nothing is begun under it; its ledger stays"
+    return "can be spent" if status.reason is None else f"cannot be spent now: {status.reason}"
 
 
 def _spent(status: GrantStatus) -> str:

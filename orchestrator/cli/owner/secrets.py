@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from common.errors import InvalidInput, Reason
+from common.errors import InvalidInput, Reason, WrongState
 from orchestrator.cli.owner.connection import connected
 from orchestrator.cli.owner.files import SECRET_MAX, read, wrong
 from orchestrator.cli.owner.text import as_json, table, when
@@ -81,14 +81,20 @@ def run_list(args: argparse.Namespace) -> int:
 def add_delete(parser: argparse.ArgumentParser) -> None:
     """The command line of `secret delete`."""
     parser.add_argument("name", metavar="NAME", help="of the secret")
+    parser.add_argument("--allow-used", action="store_true", help="erase it though a workload on file names it")
 
 
 def run_delete(args: argparse.Namespace) -> int:
     """Erase a secret."""
 
     async def work(admin: VerifierAdmin) -> int:
-        await admin.delete_secret(args.name)
-        print(f"secret {args.name}: erased, with all its versions")
+        try:
+            versions = await admin.delete_secret(args.name, allow_used=args.allow_used)
+        except WrongState as error:
+            hint = "withdraw those workloads first; --allow-used erases it all the same, and no command brings it back"
+            raise WrongState(error.reason, error.message, hint=hint) from error
+        counted = f"all its versions ({versions})" if versions else "all its versions"
+        print(f"secret {args.name}: erased, with {counted}")
         return 0
 
     return connected(args, work)

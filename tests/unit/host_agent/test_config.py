@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -296,7 +297,19 @@ def test_a_bad_configuration_ends_with_2_and_a_sentence(complete: Path, capsys: 
 
 def test_health_of_an_agent_that_does_not_run_is_3(complete: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["health", "--config", str(complete)]) == 3
-    assert capsys.readouterr().err == "sev-host-agent: not ready\n"
+    assert capsys.readouterr().err.startswith("sev-host-agent: nobody answers on the health socket ")
+
+
+def test_health_of_an_agent_that_runs_and_is_not_ready_is_3_too(
+    complete: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def says(_path: Path, *, ready: bool) -> bool:
+        return ready
+
+    for ready, code, out, err in ((False, 3, "", "sev-host-agent: not ready\n"), (True, 0, "ready\n", "")):
+        monkeypatch.setattr("common.rpc.health.probe", partial(says, ready=ready))
+        assert cli.main(["health", "--config", str(complete)]) == code
+        assert capsys.readouterr() == (out, err)
 
 
 def test_usage_errors_end_with_2(capsys: pytest.CaptureFixture[str]) -> None:

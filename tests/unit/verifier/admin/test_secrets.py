@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 from uuid import uuid4
 
 import pytest
 
-from common.errors import InvalidInput, NotFound, Reason
+from common.errors import InvalidInput, NotFound, Reason, WrongState
 from tests.support.desk import refused
 from tests.support.documents import SECRET_GUID, workload
 from tests.support.owner_site import OTHER_OWNER, OwnerSite, asked
 from tests.support.spellings import spellings
+from tests.support.store_rows import admin_request, audit, document
+from verifier.admin.filed import Kind
 from verifier.admin.paging import PageRequest
 from verifier.keys.base import secret_place
+from verifier.launches.launch import content_hash
 from verifier.secrets.put import SECRET_MAX
-from verifier.store.rows import RequestKey
+from verifier.store.rows import AdminRequest, Outcome, RequestKey
 
 VALUE = b"correct horse battery staple"
 PAGE = PageRequest(size=100)
@@ -48,8 +52,6 @@ async def test_a_request_id_with_another_value_or_name_is_refused(site: OwnerSit
 
 async def test_what_the_store_keeps_of_a_request_is_no_digest_that_could_be_guessed(site: OwnerSite) -> None:
     import hashlib
-
-    from verifier.launches.launch import content_hash
 
     once = asked()
     await site.owner.secrets.put(once, "disk", VALUE)
@@ -90,11 +92,97 @@ async def test_an_erased_secret_is_gone_with_all_versions_and_its_numbers_stay_u
     for _ in range(2):
         await site.owner.secrets.put(asked(), "disk", VALUE)
     once = asked()
-    await site.owner.secrets.delete(once, "disk")
-    await site.owner.secrets.delete(once, "disk")
+    assert await site.owner.secrets.delete(once, "disk") == 2
+    assert await site.owner.secrets.delete(once, "disk") == 2
     assert await site.desk.store.secret("disk", 1) is None
     assert isinstance(await refused(site.owner.secrets.delete(asked(), "disk")), NotFound)
     assert await site.owner.secrets.put(asked(), "disk", VALUE) == 3
+
+
+async def test_the_versions_that_were_erased_are_counted_from_the_oldest_that_was_left(site: OwnerSite) -> None:
+    for count in (5, 1, 4, 8):
+        for _ in range(count):
+            await site.owner.secrets.put(asked(), "disk", VALUE)
+        assert await site.owner.secrets.delete(asked(), "disk") == count
+
+
+def stored(name: str, version: int | None = None) -> list[dict[str, Any]]:
+    """The secrets of a workload, one of which is stored under this name."""
+    source = {"name": name} if version is None else {"name": name, "version": version}
+    return [
+        {"guid": str(SECRET_GUID), "source": {"file": "secret"}},
+        {"guid": str(uuid4()), "source": {"stored": source}},
+    ]
+
+
+async def test_a_secret_that_a_workload_names_is_erased_only_where_that_is_said(site: OwnerSite) -> None:
+    await site.apply(workload("shop", "1", secrets=stored("disk", 1)))
+    await site.apply(workload("shop", "2"))
+    await site.apply(workload("till", secrets=stored("disk")))
+    await site.owner.secrets.put(asked(), "disk", VALUE)
+    once = asked()
+    error = await refused(site.owner.secrets.delete(once, "disk"))
+    assert (type(error), error.reason) == (WrongState, Reason.DOCUMENT_CONFLICT)
+    assert "shop 1, till 1" in error.message
+    assert await site.desk.store.secret("disk", 1) is not None
+    assert [row.event for row in site.desk.audit()].count("secret.deleted") == 0
+    # Said explicitly, under the very id that was refused: nothing was kept of that.
+    for _ in range(2):
+        assert await site.owner.secrets.delete(once, "disk", allow_used=True) == 1
+    assert await site.desk.store.secret("disk", 1) is None
+    assert json.loads(site.desk.audit()[-1].body) == {"name": "disk", "used_by": ["shop 1", "till 1"]}
+
+
+async def test_a_request_that_was_kept_before_versions_were_counted_is_answered(site: OwnerSite) -> None:
+    once = asked()
+    await site.owner.secrets.put(asked(), "disk", VALUE)
+    key = RequestKey(caller=once.caller, method="DeleteSecret", request_id=once.request_id)
+    kept = AdminRequest(key=key, content=content_hash(b"disk"), answer="{}")
+    assert await site.desk.store.delete_secret("disk", kept, audit(), site.desk.dependencies.seal) is Outcome.DONE
+    assert await site.owner.secrets.delete(once, "disk") == 0
+
+
+async def test_a_request_that_did_not_say_so_is_another_than_one_that_does(site: OwnerSite) -> None:
+    await site.owner.secrets.put(asked(), "disk", VALUE)
+    once = asked()
+    await site.owner.secrets.delete(once, "disk")
+    error = await refused(site.owner.secrets.delete(once, "disk", allow_used=True))
+    assert error.reason is Reason.REQUEST_ID_REUSED
+
+
+async def test_a_secret_that_no_workload_on_file_names_is_erased_without_a_word(site: OwnerSite) -> None:
+    await site.apply(workload("shop", secrets=stored("disk-2")))
+    await site.apply(workload("disk"))
+    await site.apply(workload("gone", secrets=stored("disk")))
+    await site.owner.documents.delete(asked(), Kind.WORKLOAD, "gone")
+    await site.owner.secrets.put(asked(), "disk", VALUE)
+    assert await site.owner.secrets.delete(asked(), "disk") == 1
+
+
+async def test_a_secret_that_is_not_there_is_not_found_though_a_workload_names_it(site: OwnerSite) -> None:
+    await site.apply(workload("shop", secrets=stored("disk")))
+    for allow_used in (False, True):
+        error = await refused(site.owner.secrets.delete(asked(), "disk", allow_used=allow_used))
+        assert isinstance(error, NotFound)
+
+
+async def test_a_workload_that_cannot_be_read_may_name_any_secret(site: OwnerSite) -> None:
+    await site.owner.secrets.put(asked(), "disk", VALUE)
+    row = document("later", "7", b"apiVersion: of a newer verifier")
+    record, seal = audit("document.applied"), site.desk.dependencies.seal
+    assert await site.desk.store.apply_document(row, admin_request(), record, seal) is Outcome.DONE
+    error = await refused(site.owner.secrets.delete(asked(), "disk"))
+    assert "later 7" in error.message
+    assert await site.owner.secrets.delete(asked(), "disk", allow_used=True) == 1
+
+
+async def test_of_many_workloads_the_refusal_names_some_and_counts_the_others(site: OwnerSite) -> None:
+    await site.owner.secrets.put(asked(), "disk", VALUE)
+    for number in range(5):
+        await site.apply(workload(f"{number}{'x' * 127}", secrets=stored("disk")))
+    error = await refused(site.owner.secrets.delete(asked(), "disk"))
+    assert "and 2 more" in error.message
+    assert len(error.message.encode()) < 600  # what a status holds
 
 
 async def test_deleting_what_is_not_there_changes_nothing(site: OwnerSite) -> None:

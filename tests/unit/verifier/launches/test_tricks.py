@@ -211,7 +211,7 @@ class Erasing(Secrets):
         if self._erase:
             erase, self._erase = self._erase, ""
             owner = owner_desks(self._desk.dependencies, self._desk.library)
-            await owner.secrets.delete(Asked(caller=OWNER, request_id=uuid4()), erase)
+            await owner.secrets.delete(Asked(caller=OWNER, request_id=uuid4()), erase, allow_used=True)
         return entries
 
 
