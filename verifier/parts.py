@@ -12,7 +12,7 @@ from pathlib import Path
 from uuid import UUID
 
 from common.amd.kds import KeyService, key_service
-from common.errors import InvalidInput, Reason, SevattestError
+from common.errors import InvalidInput, Reason, SevattestError, Unavailable
 from common.private_file import read_private
 from common.sev.certs.roots import Root, named_root, pinned_roots
 from common.telemetry.log import Log
@@ -53,7 +53,36 @@ def make_store(config: Config, on_step: Callable[[str], None] = no_step) -> SqlS
 
 def _postgres(store: StoreConfig, on_step: Callable[[str], None] = no_step) -> PostgresStore:
     dsn = read_private(store.postgres, _DSN_MAX).decode("utf-8", "replace").strip()
-    return PostgresStore(dsn, on_step, schema=store.schema, connections=store.connections)
+    if not dsn:
+        # To libpq this is all of its defaults: some database, of this user's name.
+        raise InvalidInput(
+            Reason.INVALID_CONFIGURATION, f"store.postgres: {store.postgres}: holds no connection string"
+        )
+    return _NamedPostgres(dsn, on_step, store)
+
+
+class _NamedPostgres(PostgresStore):
+    """The PostgreSQL of `[store]`: where it cannot be opened, the error says that it is this one, and nothing of it."""
+
+    def __init__(self, dsn: str, on_step: Callable[[str], None], store: StoreConfig) -> None:
+        super().__init__(dsn, on_step, schema=store.schema, connections=store.connections)
+        self._file = store.postgres
+
+    async def open(self) -> None:
+        try:
+            await super().open()
+        except Unavailable as error:
+            raise self._named(error) from error
+
+    async def open_to_read(self) -> None:
+        try:
+            await super().open_to_read()
+        except Unavailable as error:
+            raise self._named(error) from error
+
+    def _named(self, error: Unavailable) -> Unavailable:
+        where = f"the PostgreSQL of [store], as {self._file} names it"
+        return Unavailable(error.reason, f"{error.message} ({where})", **error.fields)
 
 
 def sealing_keys(config: Config) -> tuple[SealingKey, ...]:

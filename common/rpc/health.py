@@ -133,7 +133,7 @@ async def probe(path: Path, *, timeout: float = 5.0) -> bool:  # noqa: ASYNC109 
 def _against_connecting(path: Path) -> str:
     """What the system says against a connection, in fewer words than gRPC; empty where there is one."""
     with socket.socket(socket.AF_UNIX) as plain:
-        plain.setblocking(False)
+        plain.settimeout(0)
         try:
             plain.connect(str(path))
         except OSError as error:

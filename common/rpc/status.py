@@ -183,7 +183,10 @@ _TLS_HINTS = (
     (
         "Socket closed",
         "it closed the connection during the TLS handshake: it does not accept this client's certificate",
-        "the client's certificate must come from the CA that the service trusts, be in date and be for a client",
+        (
+            "the client's certificate must come from the CA that the service trusts, be in date and be for a client; "
+            "or this is the wrong listener: a verifier has one for orchestrators and another for owners"
+        ),
     ),
 )
 

@@ -521,6 +521,16 @@ def test_options_come_before_the_environment(served: OwnersVerifier) -> None:
     assert said.err.startswith("sevattest: the service cannot be reached: ")
 
 
+def test_an_owner_at_the_orchestrators_listener_is_told_that_it_may_be_the_wrong_one(
+    served: OwnersVerifier, tmp_path: Path, name: str
+) -> None:
+    file = write(tmp_path, grant(name))
+    said = owner(served, "apply", "-f", file, "--admin", served.launches, "--timeout", "5")
+    assert (said.out, said.code) == ("", 3)
+    assert "this is the wrong listener: a verifier has one for orchestrators and another for owners" in said.err
+    assert owner(served, "apply", "-f", file).err == ""
+
+
 def test_an_orchestrators_identity_is_turned_away(served: OwnersVerifier) -> None:
     from common.rpc.identity import Role
 

@@ -195,7 +195,7 @@ async def test_a_service_that_dies_under_a_mutating_call_leaves_the_outcome_unkn
 
 async def test_probes_ask_the_socket_and_learn_when_the_server_stops(pki: Pki, tmp_path: Path) -> None:
     path = tmp_path / "health.sock"
-    with pytest.raises(Unavailable, match="nobody answers on the health socket .*: no such file or directory"):
+    with pytest.raises(Unavailable, match=r"nobody answers on the health socket .*: no such file or directory"):
         await probe(path, timeout=2)
     async with serve(pki, health_socket=path) as site:
         assert path.stat().st_mode & 0o777 == 0o600

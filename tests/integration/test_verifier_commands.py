@@ -13,7 +13,7 @@ from tests.support.verifier_process import VerifierSite
 from verifier.cli import main
 
 READING = (("audit",), ("audit", "--json"), ("generated", "--launch", str(uuid4())))
-NO_SCHEMA = "sev-verifier: the store has no schema: no verifier has served from it yet\n"
+NO_SCHEMA = "sev-verifier: the store has no schema: no verifier has served from it yet"
 
 
 @pytest.fixture
@@ -42,7 +42,10 @@ def test_on_an_empty_database_nothing_is_made(
     assert "audit" not in before
     for words in READING:
         assert main([*words, "--config", str(site.config)]) == 3
-        assert capsys.readouterr() == ("", NO_SCHEMA)
+        assert capsys.readouterr() == (
+            "",
+            f"{NO_SCHEMA} (the PostgreSQL of [store], as {site.folder / 'dsn'} names it)\n",
+        )
     assert main(["check-config", "--config", str(site.config)]) == 0
     assert main(["health", "--config", str(site.config)]) == 3
     assert held() == before
@@ -75,5 +78,5 @@ def test_in_a_state_folder_nothing_is_made(tmp_path: Path, capsys: pytest.Captur
     capsys.readouterr()
     for words in READING:
         assert main([*words, "--config", str(site.config)]) == 3
-        assert capsys.readouterr() == ("", NO_SCHEMA)
+        assert capsys.readouterr() == ("", f"{NO_SCHEMA}\n")
     assert [(path.name, path.stat().st_size) for path in state.iterdir()] == [("sevattest.sqlite3", 0)]

@@ -4,8 +4,8 @@ The value is sealed before the store has it, to its name and to the version that
 no answer and no message. A request is known again by a digest of name and value; that digest is kept in the clear, and
 a passphrase could be guessed by it, so it is keyed.
 
-What is erased is gone for good, and with a disk's key all that is on the disk. So a secret that a workload on file names
-is erased only where the owner says that it is to be all the same.
+What is erased is gone for good, and with a disk's key all that is on the disk. So a secret that a workload on file
+names is erased only where the owner says that it is to be all the same.
 """
 
 from __future__ import annotations

@@ -43,6 +43,8 @@ from verifier.appraisal.appraise import appraise_launch, appraise_platform, appr
 from verifier.appraisal.evidence import Finding
 from verifier.appraisal.reference import freeze
 from verifier.documents.grant import Grant
+from verifier.documents.sources import source_name
+from verifier.documents.workload import SecretSpec
 from verifier.launches import ledger
 from verifier.launches.gather import launch_evidence, platform_evidence, standing_evidence
 from verifier.launches.platforms import DenyList
@@ -236,13 +238,25 @@ class SimulateDesk:
         if bench.prepared is None:
             return
         workload = bench.prepared.workload
+        answers = await asyncio.gather(*map(self._size, workload.secrets))
+        if missing := [each for each in answers if isinstance(each, Finding)]:
+            bench.findings += missing
+            return
+        sizes = [each for each in answers if isinstance(each, int)]
         try:
-            sizes = await self._secrets.sizes(workload.secrets)
             require_room(workload.table_size(sizes), bench.prepared.secret_area)
         except WrongState as error:
             bench.findings.append(_finding("secrets.room", error))
+
+    async def _size(self, secret: SecretSpec) -> int | Finding:
+        """How large a secret is; or which has no answer, and why, for nobody but the owner."""
+        try:
+            return (await self._secrets.sizes((secret,)))[0]
         except Unavailable as error:
-            bench.findings.append(_finding("secrets.available", error))
+            why = error.__cause__ if isinstance(error.__cause__, SevattestError) else error
+            called = " ".join(f"{part} {name}" for part, name in source_name(secret.source).items() if name is not None)
+            message = f"secret {secret.guid} ({called}): {why.message}"
+            return Finding(rule="secrets.available", reason=error.reason, message=message)
 
     async def _release_findings(self, bench: _Bench) -> Sequence[Finding]:
         platform, prepared, case = bench.platform, bench.prepared, bench.case

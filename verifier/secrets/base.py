@@ -19,7 +19,8 @@ class SecretSource(Protocol):
         """How many bytes each secret has now, in order; nothing that was read for it is kept.
 
         Raises:
-            Unavailable: a source has no answer (SECRET_UNAVAILABLE, STORE_UNAVAILABLE, KEY_UNAVAILABLE).
+            Unavailable: a source has no answer (SECRET_UNAVAILABLE, STORE_UNAVAILABLE, KEY_UNAVAILABLE). It says no
+                more than a host may know; of SECRET_UNAVAILABLE the cause says why, to the owner.
         """
         ...
 

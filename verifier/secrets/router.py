@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from common.errors import Reason, SevattestError, Unavailable
 from common.sev.secret import SecretEntry
 from common.telemetry.log import SILENCE, Log
-from verifier.documents.sources import FileSource, GeneratedSource, Source, StoredSource, VaultSource
+from verifier.documents.sources import FileSource, GeneratedSource, Source, StoredSource, VaultSource, source_name
 from verifier.documents.workload import SecretSpec
 from verifier.secrets.base import Asked, no_answer
 from verifier.secrets.file import FileSecrets
@@ -97,22 +97,9 @@ class Secrets:
             error: SevattestError = no_answer(f"has not answered within {self._time_limit:g} s")
         except SevattestError as raised:
             error = raised
-        self._log.error("source.unavailable", guid=str(spec.guid), **_named(spec.source), error=error)
+        self._log.error("source.unavailable", guid=str(spec.guid), **source_name(spec.source), error=error)
         if error.reason is not Reason.SECRET_UNAVAILABLE:
             return error
         told = Unavailable(Reason.SECRET_UNAVAILABLE, "a secret's source has no answer")
         told.__cause__ = error
         return told
-
-
-def _named(source: Source) -> dict[str, object]:
-    """A source's name as fields of a log line; none of these names is that of a field that the log blacks out."""
-    match source:
-        case FileSource():
-            return {"file": source.path}
-        case StoredSource():
-            return {"stored": source.name, "version": source.version}
-        case VaultSource():
-            return {"vault": f"{source.mount}/{source.path}#{source.field}", "version": source.version}
-        case GeneratedSource():
-            return {"generated": source.form}

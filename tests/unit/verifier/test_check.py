@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import stat
 from collections.abc import Iterator
@@ -11,10 +12,13 @@ from typing import Any
 import msgspec
 import pytest
 
+from common.errors import Reason, Unavailable
 from common.telemetry.endpoint import MetricsConfig
 from tests.support.documents import CALLER, SECRET_GUID, grant, platform, revocation, write_document
 from tests.support.documents import workload as document
+from tests.support.recording_log import RecordingLog
 from tests.support.verifier_process import VerifierSite
+from verifier.app import App, real_surroundings
 from verifier.appraisal import authority
 from verifier.appraisal.rules import LAUNCH_RULES, PLATFORM_RULES, REPORT_RULES
 from verifier.check import check
@@ -184,6 +188,28 @@ def test_a_database_whose_address_is_nowhere_is_a_problem(site: VerifierSite) ->
     site.config.write_text(f'{text}\n[store]\npostgres = "none.dsn"\n')
     (found,) = check(site.config, {}).problems
     assert "none.dsn" in found
+
+
+@pytest.mark.parametrize(("content", "good"), [("", False), (" \n\t\n", False), (" host=/nowhere\n", True)])
+def test_a_database_that_is_named_by_white_space_is_none(tmp_path: Path, content: str, *, good: bool) -> None:
+    # To libpq this would be all of its defaults: some database, of this user's name.
+    site = VerifierSite.make(tmp_path, dsn=content)
+    named = f"store.postgres: {site.folder / 'dsn'}: holds no connection string"
+    assert check(site.config, {}).problems == ([] if good else [named])
+
+
+def test_a_database_that_is_not_there_is_said_to_be_the_one_of_the_setting(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    site = VerifierSite.make(tmp_path, dsn="host=/nowhere/at/all user=alice password=hunter2")
+    app = App(site.config, RecordingLog(), real_surroundings())
+    with pytest.raises(Unavailable) as caught:
+        asyncio.run(app.run(lambda _: None))
+    names = f" (the PostgreSQL of [store], as {site.folder / 'dsn'} names it)"
+    assert str(caught.value) == f"the store cannot be reached: No such file or directory{names}"
+    assert caught.value.reason is Reason.STORE_UNAVAILABLE
+    code, out, err = command(capsys, "audit", "--config", str(site.config))
+    assert (code, out, err) == (3, "", f"sev-verifier: the store cannot be reached: No such file or directory{names}\n")
 
 
 @pytest.mark.parametrize("source", ["", "a\0b"])

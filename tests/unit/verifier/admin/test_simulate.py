@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 
@@ -13,8 +13,9 @@ from common.sev.errors import ParseError
 from common.sev.measurement import FirmwareVersion
 from tests.support.chains import fresh_ca, make_platform
 from tests.support.desk import FIRMWARE, refused
-from tests.support.documents import CALLER, STRANGER, grant, platform, revocation, workload
-from tests.support.owner_site import OwnerSite, text
+from tests.support.documents import CALLER, SECRET_GUID, STRANGER, grant, platform, revocation, workload
+from tests.support.owner_site import OwnerSite, asked, text
+from tests.support.spellings import spellings
 from verifier.admin.cases import Judgement, Supposed
 
 OLD = FirmwareVersion(1, 49, 1)
@@ -205,7 +206,40 @@ async def test_what_is_no_chain_is_refused_as_such(site: OwnerSite) -> None:
 
 async def test_a_secret_without_an_answer_is_found(site: OwnerSite) -> None:
     (site.desk.documents / "secret").unlink()
-    assert rules(await site.owner.simulate.supposed(supposed(site), [], FIRMWARE)) == ["secrets.available"]
+    judgement = await site.owner.simulate.supposed(supposed(site), [], FIRMWARE)
+    assert rules(judgement) == ["secrets.available"]
+    assert f"secret {SECRET_GUID} (file {site.desk.documents / 'secret'}): " in judgement.findings[0].message
+    # The caller of a launch learns nothing of that.
+    error = await refused(site.desk.begin())
+    assert error.message == "a secret's source has no answer"
+
+
+async def test_each_secret_without_an_answer_is_named_and_no_secrets_value(site: OwnerSite) -> None:
+    value = b"correct horse battery staple"
+    await site.owner.secrets.put(asked(), "disk", value)
+    sources: list[dict[str, Any]] = [
+        {"stored": {"name": "disk"}},
+        {"stored": {"name": "disk", "version": 2}},
+        {"vault": {"mount": "kv", "path": "web/disk", "field": "key"}},
+    ]
+    secrets = [{"guid": str(UUID(int=number)), "source": source} for number, source in enumerate(sources, 1)]
+    judgement = await site.owner.simulate.supposed(
+        supposed(site), [text(workload("web", "2", secrets=secrets))], FIRMWARE
+    )
+    assert [(each.rule, each.reason, each.message) for each in judgement.findings] == [
+        (
+            "secrets.available",
+            Reason.SECRET_UNAVAILABLE,
+            f"secret {UUID(int=2)} (stored disk version 2): is not in the store",
+        ),
+        (
+            "secrets.available",
+            Reason.SECRET_UNAVAILABLE,
+            f"secret {UUID(int=3)} (vault kv/web/disk#key): no such source is configured",
+        ),
+    ]
+    for spelled in spellings(value):
+        assert spelled not in repr(judgement).encode()
 
 
 async def test_secrets_that_do_not_fit_are_found(site: OwnerSite) -> None:
