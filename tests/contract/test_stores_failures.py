@@ -14,7 +14,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from common.errors import Reason, Unavailable
+from common.errors import OutcomeUnknown, Reason, Unavailable
 from tests.contract.test_stores import chain_verifies
 from tests.support.eventually import until
 from tests.support.postgres import Server
@@ -22,6 +22,7 @@ from tests.support.private_disk import private_disk
 from tests.support.small_disk import SIZE
 from tests.support.store_rows import audit, opening, release
 from tests.support.stores import Place, count_open, count_released, go
+from verifier.store import postgres_engine, postgres_link
 from verifier.store.engine import Transaction
 from verifier.store.postgres import PostgresStore
 from verifier.store.postgres_engine import PostgresEngine
@@ -172,7 +173,7 @@ async def test_a_commit_that_nobody_answers_is_an_outage_and_is_not_tried_again(
     store = shared(f"application_name={postgres_schema}", on_step)
     await store.open()
     new = opening()
-    with pytest.raises(Unavailable, match="cannot tell what became of a commit"):
+    with pytest.raises(OutcomeUnknown, match="cannot tell what became of a commit"):
         await store.open_launch(new)
     assert steps.count("open:before-commit") == 1
     assert await store.launch(new.launch.launch_id) is None
@@ -305,12 +306,43 @@ async def test_a_standby_that_does_not_confirm_is_an_outage(own_postgres_server:
     assert not commit.done()
     own_postgres_server.sql(f"SELECT pg_cancel_backend(pid) {waiting}")
     # ... and not either when the server gives up waiting.
-    with pytest.raises(Unavailable, match="standby did not confirm"):
+    with pytest.raises(OutcomeUnknown, match="standby did not confirm"):
         await commit
+    # It is to be seen, on this server alone: nobody is given an answer because of it.
+    assert await store.launch(new.launch.launch_id) is not None
+    confirming = asyncio.create_task(store.confirm(0))
+    await until(lambda: own_postgres_server.sql(f"SELECT count(*) {waiting}") == "1")
+    assert not confirming.done()
+    own_postgres_server.sql(f"SELECT pg_cancel_backend(pid) {waiting}")
+    with pytest.raises(OutcomeUnknown):
+        await confirming
     own_postgres_server.stop()
     own_postgres_server.start()
     # It was kept after all: whoever repeats finds out.
     assert await store.open_launch(new) is Outcome.REQUEST_TAKEN
+    assert await store.confirm(0) is Outcome.DONE
+    await store.close()
+
+
+async def test_a_standby_that_stays_away_is_waited_for_so_long_and_no_longer(
+    own_postgres_server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(postgres_link, "ANSWER_S", 0.5)
+    monkeypatch.setattr(postgres_engine, "LOCK_TIMEOUT_S", 0.2)
+    store = PostgresStore(own_postgres_server.dsn)
+    await store.open()
+    own_postgres_server.stop()
+    own_postgres_server.start("synchronous_standby_names=ghost")
+    new = opening()
+    with pytest.raises(OutcomeUnknown, match="does not answer"):
+        await store.open_launch(new)
+    # The session that waits keeps the turn; reading goes on.
+    with pytest.raises(Unavailable, match="lock timeout"):
+        await store.open_launch(opening())
+    assert (await store.head())[0] == 0
+    own_postgres_server.stop()
+    own_postgres_server.start()
+    assert await store.open_launch(opening()) is Outcome.DONE
     await store.close()
 
 

@@ -62,7 +62,14 @@ class DocumentStore(KeptRequests, Protocol):
         ...
 
     async def delete_document(
-        self, kind: str, name: str, request: AdminRequest, audit: AuditRow, seal: DocumentSeal
+        self,
+        kind: str,
+        name: str,
+        request: AdminRequest,
+        audit: AuditRow,
+        seal: DocumentSeal,
+        *,
+        revision: int | None = None,
     ) -> Outcome:
         """Remove all versions of a document."""
         ...
@@ -123,7 +130,7 @@ class DocumentDesk:
             )
             if (applied := await self._kept(document, row, revision, draft, audit)) is not None:
                 return applied
-        raise Unavailable(Reason.STORE_UNAVAILABLE, "documents change faster than one of them is checked: repeat")
+        raise _changing()
 
     async def _kept(
         self, document: Filed, row: DocumentRow, revision: int, draft: Draft, audit: AuditRow
@@ -181,28 +188,36 @@ class DocumentDesk:
         draft = self._journal.draft(asked, AdminMethod.DELETE, kind.value.encode(), name.encode())
         if await self._journal.answered(draft) is not None:
             return
-        known = await self._versions(kind, name)
-        if known and all(each.file for each in known):
-            raise WrongState(
-                Reason.DOCUMENT_CONFLICT,
-                f"{kind} {name} comes from the file {known[0].file}: take the file away and reload the verifier",
+        for _ in range(ATTEMPTS):
+            documents = await self._library.current()
+            known = documents.versions(kind.value, name)
+            if known and all(each.file for each in known):
+                raise WrongState(
+                    Reason.DOCUMENT_CONFLICT,
+                    f"{kind} {name} comes from the file {known[0].file}: take the file away and reload the verifier",
+                )
+            audit = self._journal.row(
+                AuditEvent.DOCUMENT_DELETED,
+                asked,
+                await self._journal.now(),
+                kind=kind.value,
+                name=name,
+                versions=[{"version": each.version, "sha256": each.sha256} for each in known[:LISTED_MAX]],
             )
-        audit = self._journal.row(
-            AuditEvent.DOCUMENT_DELETED,
-            asked,
-            await self._journal.now(),
-            kind=kind.value,
-            name=name,
-            versions=[{"version": each.version, "sha256": each.sha256} for each in known[:LISTED_MAX]],
-        )
-        outcome = await self._store.delete_document(kind.value, name, draft.answering(), audit, self._seal)
-        if outcome is Outcome.LOST:
-            raise _unknown(kind, name)
-        if outcome is not Outcome.DONE:
-            await self._journal.answered_meanwhile(draft)
+            outcome = await self._store.delete_document(
+                kind.value, name, draft.answering(), audit, self._seal, revision=documents.revision
+            )
+            if outcome is Outcome.DOCUMENTS_CHANGED:  # the record would not name what came meanwhile
+                continue
+            if outcome is Outcome.LOST:
+                raise _unknown(kind, name)
+            if outcome is Outcome.DONE:
+                self._journal.stored(audit)
+                await self._look()
+            else:
+                await self._journal.answered_meanwhile(draft)
             return
-        self._journal.stored(audit)
-        await self._look()
+        raise _changing()
 
     async def _look(self) -> None:
         """Look at the documents after a change of them: from here on this process believes in nothing older.
@@ -284,6 +299,10 @@ class DocumentDesk:
 
 def _order(entry: Entry) -> tuple[tuple[int, int, str], ...]:
     return version_order(entry.version)
+
+
+def _changing() -> Unavailable:
+    return Unavailable(Reason.STORE_UNAVAILABLE, "documents change faster than one of them is checked: repeat")
 
 
 def _conflict(document: Filed, how: str) -> WrongState:

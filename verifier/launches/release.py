@@ -135,7 +135,9 @@ class Releaser:
                 if known.request is not None:  # step 3
                     if known.request.content != content:
                         raise reused()
-                    return await self._again(row, known.revision, now)
+                    if (released := await self._again(row, known.revision, now)) is not None:
+                        return released
+                    continue
                 state = State(row.state)  # step 4
                 if state is not State.OPEN:
                     raise ended(state)
@@ -149,8 +151,8 @@ class Releaser:
                     return released
             raise changing()
 
-    async def _again(self, row: LaunchRow, revision: int, now: datetime) -> Released:
-        """The answer that this request got before."""
+    async def _again(self, row: LaunchRow, revision: int, now: datetime) -> Released | None:
+        """The answer that this request got before; None where the documents changed meanwhile."""
         reason = known_reason(row.reason)  # a newer replica's own reads as LAUNCH_REFUSED, below
         if row.state == State.REFUSED and reason is not None and row.audit_id is not None:
             raise refusal(reason, row.audit_id)
@@ -175,6 +177,9 @@ class Releaser:
             )
             await record(self._d, audit, row.caller)
             raise refusal_for(findings, audit.audit_id)
+        # The release itself may not be confirmed yet: whoever asked first was told nothing then.
+        if await self._d.store.confirm(revision) is not Outcome.DONE:
+            return None
         return _released(view(row), row.packet)
 
     async def _case(

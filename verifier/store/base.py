@@ -188,9 +188,28 @@ class Store(Protocol):
         ...
 
     async def delete_document(
-        self, kind: str, name: str, request: AdminRequest, audit: AuditRow, seal: DocumentSeal
+        self,
+        kind: str,
+        name: str,
+        request: AdminRequest,
+        audit: AuditRow,
+        seal: DocumentSeal,
+        *,
+        revision: int | None = None,
     ) -> Outcome:
-        """Remove all versions of a document. `DONE`, `LOST` (there is none) or `REQUEST_TAKEN`."""
+        """Remove all versions of a document.
+
+        Args:
+            kind: its kind.
+            name: its name.
+            request: the request for it.
+            audit: the record of it, `document.deleted`.
+            seal: the seal.
+            revision: that the documents were looked at with; None for any.
+
+        Returns:
+            `DONE`, `LOST` (there is none), `DOCUMENTS_CHANGED` or `REQUEST_TAKEN`.
+        """
         ...
 
     async def put_secret(
@@ -271,6 +290,19 @@ class Store(Protocol):
 
     async def sealing_keys(self) -> frozenset[bytes]:
         """Ids of the keys under which anything is sealed now."""
+        ...
+
+    async def confirm(self, revision: int) -> Outcome:
+        """Have a commit of nothing: all that was read before is as durable as any commit is, and stays so.
+
+        What was read may be on this server's disk alone, where a standby did not confirm it: then this raises, too.
+
+        Args:
+            revision: the documents' at which it was read.
+
+        Returns:
+            `DONE`, or `DOCUMENTS_CHANGED` where they have another revision by now.
+        """
         ...
 
     async def erase_packets(self, before: datetime) -> int:

@@ -11,7 +11,7 @@ from time import time
 from types import coroutine
 from typing import Any, Protocol, TypeVar
 
-from common.errors import Reason, Unavailable
+from common.errors import OutcomeUnknown, Reason, Unavailable
 from verifier.store.migrations import Step
 
 T = TypeVar("T")
@@ -63,7 +63,10 @@ class Transaction(Protocol):
 
 
 class Engine(Protocol):
-    """A database. Whatever it raises by itself is `Unavailable(STORE_UNAVAILABLE)`.
+    """A database.
+
+    Whatever it raises by itself is `Unavailable(STORE_UNAVAILABLE)`, and nothing was changed; or `OutcomeUnknown`,
+    where it was asked for a commit and did not answer.
 
     What `work` raises passes through unchanged, after a rollback. It may be run more than once: where a transaction
     was broken off before its commit was asked for, the engine may try it again, and so where it shared a commit that
@@ -107,6 +110,11 @@ class Engine(Protocol):
 
 def no_step(_step: str) -> None:
     """Production's hook before and after each commit: nothing."""
+
+
+def unknown(words: str) -> OutcomeUnknown:
+    """The error for a commit that was asked for, and nobody can tell whether it came about."""
+    return OutcomeUnknown(Reason.OUTCOME_UNKNOWN, words)
 
 
 def unavailable(words: str) -> Unavailable:

@@ -35,8 +35,8 @@ from typing import Any
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
 
-from common.errors import InvalidInput, Reason, Unavailable
-from verifier.store.engine import Row, T, Transaction, no_step, unavailable
+from common.errors import InvalidInput, OutcomeUnknown, Reason, Unavailable
+from verifier.store.engine import Row, T, Transaction, no_step, unavailable, unknown
 from verifier.store.postgres_link import Link, PostgresTransaction, Statement
 from verifier.store.together import Together, Write
 
@@ -210,7 +210,7 @@ class PostgresEngine:
         """See `Together`."""
         try:
             return await self._tried(self._writer, "be written", partial(self._carry_out, writes))
-        except Unavailable as error:
+        except (Unavailable, OutcomeUnknown) as error:
             for each in writes:
                 each.error = error
             return len(writes)
@@ -218,7 +218,7 @@ class PostgresEngine:
     async def _carry_out(self, writes: Sequence[Write[Any]], link: Link) -> int:
         """See `Together`; raises psycopg's errors where what failed is the fault of none, or of the one that there is.
 
-        Whatever is raised, nothing was kept; but for `Unavailable`, which is final.
+        Whatever is raised, nothing was kept; but for `OutcomeUnknown`, which is final.
         """
         transaction, together = PostgresTransaction(link, self._schema), len(writes) > 1
         time, ends = asyncio.get_running_loop().time, float("inf")
@@ -256,7 +256,7 @@ class PostgresEngine:
 
         Raises:
             psycopg.Error: the server says why it did not.
-            Unavailable: nobody can tell whether it did, or it did less than it should.
+            OutcomeUnknown: nobody can tell whether it did, or it did less than it should.
         """
         link.warnings.clear()
         commit = Statement("COMMIT")
@@ -266,12 +266,12 @@ class PostgresEngine:
             if isinstance(error, psycopg.IntegrityError) and not link.broken:
                 raise  # what was deferred
             link.drop()
-            raise _cannot("tell what became of a commit", error) from error
+            raise unknown(_cannot("tell what became of a commit", error).message) from error
         if commit.result is None or commit.result.command_status != b"COMMIT":
             raise psycopg.errors.InFailedSqlTransaction("the server did not commit")
         if _WARNING in link.warnings:
             # It is on this server's disk and perhaps nowhere else: not what a commit promises here.
-            raise unavailable("the store's standby did not confirm a commit")
+            raise unknown("the store's standby did not confirm a commit")
 
     async def _roll_back(self, link: Link) -> None:
         with suppress(psycopg.Error):

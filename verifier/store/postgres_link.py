@@ -26,6 +26,9 @@ from verifier.store.engine import Row, T, Value
 _DONE = frozenset({ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK})
 _LEFT_OUT, _TRIP_ENDED = ExecStatus.PIPELINE_ABORTED, ExecStatus.PIPELINE_SYNC
 _TEXT, _BINARY = Format.TEXT, Format.BINARY
+# Longer than any statement may take: the server's own limits are for what it works at, and this is for a server that
+# stands still, and for a commit that waits for a standby, for which it has no limit.
+ANSWER_S = 12.0
 
 
 def _number(cell: bytes) -> int:
@@ -102,6 +105,8 @@ class Link:
         self._names: dict[str, bytes] = {}  # of prepared statements
         self._prepared = 0
         self._trips: deque[_Trip] = deque()
+        self._oldest: _Trip | None = None  # at the last look
+        self._watch: asyncio.TimerHandle | None = None
         self.broken = False
         self.warnings: set[str | None] = set()
         connection.add_notice_handler(lambda notice: self.warnings.add(notice.sqlstate))
@@ -123,6 +128,8 @@ class Link:
             raise psycopg.OperationalError("the connection is closed")
         trip = _Trip(self._loop.create_future())
         self._trips.append(trip)
+        if self._watch is None:
+            self._watch = self._loop.call_later(ANSWER_S, self._look)
         try:
             for statement in statements:
                 name = self._names.get(statement.sql) or self._prepare(statement.sql, trip)
@@ -209,10 +216,22 @@ class Link:
         if status != _LEFT_OUT and trip.error is None:
             trip.error = error_from_result(result)
 
+    def _look(self) -> None:
+        """Give the session up where the same trip is under way as at the last look; look again while there are any."""
+        self._watch = None
+        oldest = self._trips[0] if self._trips else None
+        if oldest is not None and oldest is self._oldest:
+            self._break(psycopg.OperationalError("the server does not answer"))
+        self._oldest = oldest
+        if self._trips:
+            self._watch = self._loop.call_later(ANSWER_S, self._look)
+
     def _break(self, error: psycopg.Error) -> None:
         if self.broken:  # the socket's number may be another link's by now
             return
         self.broken = True
+        if self._watch is not None:
+            self._watch.cancel()
         with suppress(ValueError):  # a loop that was closed
             self._loop.remove_reader(self._socket)
             self._loop.remove_writer(self._socket)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Sequence
 from datetime import datetime
+from functools import cache
 from uuid import UUID
 
-from common.errors import Unavailable
+from common.errors import OutcomeUnknown, Unavailable
 from verifier.store.engine import Engine, Row, Transaction, unavailable
 from verifier.store.rows import (
     Known,
@@ -22,24 +23,45 @@ from verifier.store.rows import (
     Spending,
 )
 from verifier.store.sql_common import Decided, OverEngine, append, the_head, the_revision
-from verifier.store.sql_rows import LAUNCH_COLUMNS, firmware_text, key_cells, launch_of, stamp, time_of
+from verifier.store.sql_rows import (
+    COLUMNS_OF_LAUNCH,
+    LAUNCH_COLUMNS,
+    firmware_text,
+    key_cells,
+    launch_of,
+    stamp,
+    time_of,
+)
 
 _SHARED_MAX = 10_000  # ids of 32 bytes that are remembered
 _PLACE = "(SELECT create_time, launch_id FROM launch WHERE launch_id=?)"  # of a launch in the order of listing
 _ERASED_MAX = 1000  # packets in one transaction: launches wait for it
 _FOREVER = 2**63 - 1  # the latest time that can be stored
 _UNSPENT = LedgerRow()
-# What every decision begins with, and the same with a grant's ledger: who spends none does not pay for it.
-_COLUMNS = "audit_head.time, mark.value, request.content, request.launch_id"
-_TABLES = (
-    "audit_head JOIN mark ON mark.name='revision' "
-    "LEFT JOIN request ON request.caller=? AND request.method=? AND request.request_id=?"
+# What every decision begins with, with a launch or a grant's ledger where one is asked for: who needs none does not pay
+# for it. In one statement: a request and what it did to its launch are seen together or not at all.
+_KNOWN = (
+    "audit_head.time, mark.value, request.content, request.launch_id",
+    (
+        "audit_head JOIN mark ON mark.name='revision' "
+        "LEFT JOIN request ON request.caller=? AND request.method=? AND request.request_id=?"
+    ),
 )
-_KNOWN = f"SELECT {_COLUMNS} FROM {_TABLES}"  # noqa: S608 -- constants
-_KNOWN_SPENT = (
-    f"SELECT {_COLUMNS}, ledger.open, ledger.released, ledger.refused, ledger.rate_time "  # noqa: S608 -- constants
-    f"FROM {_TABLES} LEFT JOIN ledger ON ledger.grant_name=?"
+_SPENT = (
+    ", ledger.open, ledger.released, ledger.refused, ledger.rate_time",
+    " LEFT JOIN ledger ON ledger.grant_name=?",
 )
+_LAUNCH = (
+    f", pdh.api_major, pdh.api_minor, pdh.build, {COLUMNS_OF_LAUNCH}",
+    " LEFT JOIN launch ON launch.launch_id=? LEFT JOIN pdh ON pdh.pdh_fingerprint=launch.pdh_fingerprint",
+)
+
+
+@cache
+def _known(*, spent: bool, launch: bool) -> str:
+    parts = (_KNOWN, *((_SPENT,) if spent else ()), *((_LAUNCH,) if launch else ()))
+    columns, tables = ("".join(part) for part in zip(*parts, strict=True))
+    return f"SELECT {columns} FROM {tables}"  # noqa: S608 -- constants
 
 
 class Launches(OverEngine):
@@ -58,29 +80,23 @@ class Launches(OverEngine):
 
     async def known(self, key: RequestKey, launch_id: UUID | None = None, *, grant: str | None = None) -> Known:
         """See `Store`."""
-
-        async def work(transaction: Transaction) -> Known:
-            cells = key_cells(key)
-            asked = transaction.one(_KNOWN, *cells) if grant is None else transaction.one(_KNOWN_SPENT, *cells, grant)
-            sought = None
-            if launch_id is not None:
-                sought = transaction.row(
-                    f"SELECT api_major, api_minor, build, {LAUNCH_COLUMNS} "  # noqa: S608 -- a constant list
-                    "FROM launch LEFT JOIN pdh USING (pdh_fingerprint) WHERE launch_id=?",
-                    str(launch_id),
-                )
-            time, revision, content, opened, *ledger = await asked
-            found = None if sought is None else await sought
-            return Known(
-                time=None if time is None else time_of(time),
-                revision=revision,
-                request=None if content is None else RequestRow(key=key, content=content, launch_id=UUID(opened)),
-                launch=None if found is None else launch_of(found[3:]),
-                pdh_oldest=None if found is None or found[0] is None else found[:3],
-                ledger=_ledger_of(ledger) if ledger and ledger[0] is not None else _UNSPENT,
-            )
-
-        return await self._engine.read(work)
+        query = _known(spent=grant is not None, launch=launch_id is not None)
+        values = (
+            *key_cells(key),
+            *(() if grant is None else (grant,)),
+            *(() if launch_id is None else (str(launch_id),)),
+        )
+        row = await self._engine.read(lambda transaction: transaction.one(query, *values))
+        (time, revision, content, opened), rest = row[:4], row[4:]
+        ledger, launch = (rest[:4], rest[4:]) if grant is not None else ((), rest)
+        return Known(
+            time=None if time is None else time_of(time),
+            revision=revision,
+            request=None if content is None else RequestRow(key=key, content=content, launch_id=UUID(opened)),
+            launch=launch_of(launch[3:]) if launch and launch[3] is not None else None,
+            pdh_oldest=launch[:3] if launch and launch[0] is not None else None,
+            ledger=_ledger_of(ledger) if ledger and ledger[0] is not None else _UNSPENT,
+        )
 
     async def request(self, key: RequestKey) -> RequestRow | None:
         """See `Store`."""
@@ -215,7 +231,7 @@ class Launches(OverEngine):
         shared = {launch.terms_id, launch.platform_id}
         try:
             outcome = await self._decide("open", work)
-        except Unavailable:
+        except (Unavailable, OutcomeUnknown):
             self._shared.clear()  # perhaps a server took over that never had them
             raise
         if outcome is Outcome.DONE:
@@ -246,6 +262,17 @@ class Launches(OverEngine):
             await append(transaction, head, move.audit)
 
         return await self._decide("move", work)
+
+    async def confirm(self, revision: int) -> Outcome:
+        """See `Store`."""
+
+        async def work(transaction: Transaction) -> None:
+            now = the_revision(transaction)
+            if (await now)[0] != revision:
+                raise Decided(Outcome.DOCUMENTS_CHANGED)
+            transaction.tell("UPDATE audit_head SET number=number")
+
+        return await self._decide("confirm", work)
 
     async def erase_packets(self, before: datetime) -> int:
         """See `Store`."""

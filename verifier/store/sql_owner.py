@@ -107,7 +107,14 @@ class Documents(OverEngine):
             return decided.outcome
 
     async def delete_document(
-        self, kind: str, name: str, request: AdminRequest, audit: AuditRow, seal: DocumentSeal
+        self,
+        kind: str,
+        name: str,
+        request: AdminRequest,
+        audit: AuditRow,
+        seal: DocumentSeal,
+        *,
+        revision: int | None = None,
     ) -> Outcome:
         """See `Store`."""
 
@@ -116,6 +123,8 @@ class Documents(OverEngine):
             deleted = transaction.change("DELETE FROM document WHERE kind=? AND name=?", kind, name)
             found = _sealed(await asked, seal)
             await _require_taken(taken)
+            if revision not in {None, found.revision}:
+                raise Decided(Outcome.DOCUMENTS_CHANGED)
             if not await deleted:
                 raise Decided(Outcome.LOST)
             left = tuple(row for row in found.rows if (row.kind, row.name) != (kind, name))

@@ -28,6 +28,7 @@ _LAUNCH_NAMES = (
     *("grant_name", "chip_id", "oca", "firmware"),
 )
 LAUNCH_COLUMNS = ", ".join(_LAUNCH_NAMES)
+COLUMNS_OF_LAUNCH = ", ".join(f"launch.{name}" for name in _LAUNCH_NAMES)  # where other tables are joined
 AUDIT_COLUMNS = "audit_id, time, event, launch_id, caller, reason, body"
 DOCUMENT_COLUMNS = "kind, name, version, text, is_json, apply_time"
 SECRET_COLUMNS = "name, version, sealed, size, create_time"  # noqa: S105 -- names of columns

@@ -24,9 +24,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common.errors import Unavailable
+from common.errors import SevattestError, Unavailable
 from verifier.store import sqlite_file
-from verifier.store.engine import Row, T, Transaction, Value, done, no_step, unavailable
+from verifier.store.engine import Row, T, Transaction, Value, done, no_step, unavailable, unknown
 from verifier.store.together import Together, Write
 
 # A commit costs as much as two launches' statements, so under load it is worth a little waiting.
@@ -168,6 +168,7 @@ class SqliteEngine:
 
     async def _commit(self, writes: Sequence[Write[Any]]) -> int:
         """See `Together`."""
+        asked = False  # for the commit
         async with self._turn:
             try:
                 self._still_there()
@@ -178,6 +179,7 @@ class SqliteEngine:
                 for each in kept:
                     self._on_step(f"{each.name}:before-commit")
                 if kept:
+                    asked = True
                     await self._apart(partial(connection.execute, "COMMIT"))
                 else:
                     connection.execute("ROLLBACK")
@@ -186,10 +188,14 @@ class SqliteEngine:
                 self._disconnect()
                 if not isinstance(error, (*_FAULTS, Unavailable)):
                     raise
+                told: SevattestError = (
+                    error if isinstance(error, Unavailable) else sqlite_file.store_unavailable(error, "be written")
+                )
+                # A disk that is full has not taken the last page, which is what makes a commit one.
+                if asked and not rolled_back and getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_FULL:
+                    told = unknown(told.message)
                 for each in writes:
-                    each.error = (
-                        error if isinstance(error, Unavailable) else sqlite_file.store_unavailable(error, "be written")
-                    )
+                    each.error = told
                 return 0 if len(writes) > 1 and rolled_back else len(writes)
         for each in kept:
             self._on_step(f"{each.name}:after-commit")

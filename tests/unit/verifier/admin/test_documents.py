@@ -16,6 +16,7 @@ from tests.support.documents import CALLER, SECRET_GUID, STRANGER, grant, platfo
 from tests.support.owner_site import OTHER_OWNER, OwnerSite, asked, text
 from verifier.admin.filed import Kind
 from verifier.admin.paging import PageRequest
+from verifier.store.rows import Outcome
 
 PAGE = PageRequest(size=100)
 
@@ -191,6 +192,23 @@ async def test_a_deleted_document_counts_no_more(site: OwnerSite) -> None:
     assert (await refused(site.desk.begin(caller=STRANGER))).reason is Reason.CALLER_NOT_ALLOWED
     [body] = events(site, "document.deleted")
     assert (body["kind"], body["name"]) == ("Grant", "fleet")
+    assert [each["version"] for each in body["versions"]] == ["2", "1"]
+
+
+async def test_a_version_that_comes_while_its_document_is_deleted_is_named_by_the_record(
+    site: OwnerSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await site.apply(grant())
+    delete = site.desk.store.delete_document
+
+    async def late(*args: Any, **named: Any) -> Outcome:
+        monkeypatch.undo()
+        await site.apply(grant("fleet", "2"))
+        return await delete(*args, **named)
+
+    monkeypatch.setattr(site.desk.store, "delete_document", late)
+    await site.owner.documents.delete(asked(), Kind.GRANT, "fleet")
+    [body] = events(site, "document.deleted")
     assert [each["version"] for each in body["versions"]] == ["2", "1"]
 
 

@@ -14,13 +14,13 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from common.errors import Reason, Refused, Unavailable
+from common.errors import OutcomeUnknown, Reason, Refused, Unavailable
 from common.sev.measurement import FirmwareVersion, MeasurementBlob
 from common.sev.secret import SecretEntry
 from emulator.errors import FirmwareFailed
 from tests.support.chains import make_platform
 from tests.support.desk import FIRMWARE, KEK, Desk, Guest, desk, refused
-from tests.support.documents import CALLER, SECRET, SECRET_GUID, STRANGER, write_document
+from tests.support.documents import CALLER, SECRET, SECRET_GUID, STRANGER, revocation, write_document
 from tests.support.documents import workload as document
 from verifier.documents.workload import ATTESTED_GUID, SecretSpec
 from verifier.keys.base import launch_place
@@ -29,6 +29,7 @@ from verifier.launches.launch import Begun, ReleaseRequest
 from verifier.launches.release import Releaser
 from verifier.secrets.release import read_generated
 from verifier.secrets.router import Secrets
+from verifier.store.rows import Outcome
 
 
 async def ready(d: Desk) -> tuple[Begun, Guest, bytes]:
@@ -403,6 +404,43 @@ async def test_a_repeat_gives_the_same_bytes_for_a_day(tmp_path: Path) -> None:
         late = await refused(d.release(begun.launch.launch_id, blob, request_id=request_id))
         assert late.reason is Reason.ALREADY_RELEASED
         assert len(d.audit(begun.launch.launch_id)) == 2
+
+
+async def test_a_repeat_is_answered_only_once_the_release_is_confirmed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with desk(tmp_path) as d:
+        begun, _, blob = await ready(d)
+        request_id = uuid4()
+        first = await d.release(begun.launch.launch_id, blob, request_id=request_id)
+
+        async def nobody(_revision: int) -> Outcome:
+            raise OutcomeUnknown(Reason.OUTCOME_UNKNOWN, "the standby is away")
+
+        monkeypatch.setattr(d.store, "confirm", nobody)
+        again = await refused(d.release(begun.launch.launch_id, blob, request_id=request_id))
+        assert again.reason is Reason.OUTCOME_UNKNOWN
+        monkeypatch.undo()
+        assert await d.release(begun.launch.launch_id, blob, request_id=request_id) == first
+
+
+async def test_what_is_taken_back_while_a_repeat_is_confirmed_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with desk(tmp_path) as d:
+        begun, _, blob = await ready(d)
+        request_id = uuid4()
+        await d.release(begun.launch.launch_id, blob, request_id=request_id)
+        confirm = d.store.confirm
+
+        async def late(revision: int) -> Outcome:
+            monkeypatch.undo()
+            await d.apply(revocation("incident", workloads=[{"name": "web", "versions": "any"}]))
+            return await confirm(revision)
+
+        monkeypatch.setattr(d.store, "confirm", late)
+        again = await refused(d.release(begun.launch.launch_id, blob, request_id=request_id))
+        assert again.reason is Reason.REVOKED
 
 
 async def test_a_repeat_after_a_restart_gives_the_same_bytes(tmp_path: Path) -> None:
