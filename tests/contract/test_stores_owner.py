@@ -122,7 +122,7 @@ async def test_an_owners_request_id_is_taken_once(store: SqlStore) -> None:
         is Outcome.REQUEST_TAKEN
     )
     assert await store.put_secret("disk", lambda _version: b"", 1, request, audit()) == (Outcome.REQUEST_TAKEN, 0)
-    assert await store.delete_secret("disk", request, audit(), SEAL) is Outcome.REQUEST_TAKEN
+    assert (await store.delete_secret("disk", request, audit(), SEAL))[0] is Outcome.REQUEST_TAKEN
     assert await on_file(store) == (1, (document(),))
     assert await store.secrets(after="", limit=10) == []
     assert await chain_verifies(store) == 1
@@ -174,11 +174,11 @@ async def test_a_new_version_leaves_the_old_one_readable(store: SqlStore) -> Non
 async def test_no_version_is_used_twice_not_even_after_the_secret_was_erased(store: SqlStore) -> None:
     await put(store, "disk")
     await put(store, "disk")
-    assert await store.delete_secret("disk", admin_request(), audit("secret.deleted"), SEAL) is Outcome.DONE
+    assert (await store.delete_secret("disk", admin_request(), audit("secret.deleted"), SEAL))[0] is Outcome.DONE
     assert await store.secret("disk", None) is None
     assert await store.secret("disk", 1) is None
     gone = admin_request()
-    assert await store.delete_secret("disk", gone, audit(), SEAL) is Outcome.LOST
+    assert (await store.delete_secret("disk", gone, audit(), SEAL))[0] is Outcome.LOST
     assert await store.admin_request(gone.key) is None
     assert await put(store, "disk") == 3
 

@@ -129,7 +129,7 @@ async def test_whatever_happens_at_once_is_one_chain_and_nobody_waits_for_ever(r
             is Outcome.DONE
         )
         await store.put_secret("disk", lambda _version: sealed(b""), 1, admin_request(), audit())
-        deleted = await store.delete_secret("disk", admin_request(), audit(), SEAL)
+        deleted, _ = await store.delete_secret("disk", admin_request(), audit(), SEAL)
         return 2 + (deleted is Outcome.DONE)
 
     jobs = []

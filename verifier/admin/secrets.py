@@ -10,10 +10,11 @@ names is erased only where the owner says that it is to be all the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
-from common.errors import NotFound, Reason, WrongState
+from common.errors import NotFound, Reason, Unavailable, WrongState
+from verifier.admin.documents import ATTEMPTS
 from verifier.admin.filed import Kind
 from verifier.admin.paging import Listing, Page, PageRequest
 from verifier.admin.requests import AdminMethod, Asked, Journal, KeptRequests
@@ -51,7 +52,9 @@ class SecretStore(KeptRequests, Protocol):
         """The newest version of each secret, by name."""
         ...
 
-    async def delete_secret(self, name: str, request: AdminRequest, audit: AuditRow, seal: DocumentSeal) -> Outcome:
+    async def delete_secret(
+        self, name: str, request: AdminRequest, audit: AuditRow, seal: DocumentSeal, revision: int | None = None
+    ) -> tuple[Outcome, int]:
         """Erase all versions of a secret."""
         ...
 
@@ -126,9 +129,6 @@ class SecretDesk:
     async def delete(self, asked: Asked, name: str, *, allow_used: bool = False) -> int:
         """Erase a secret with all its versions; how many there were.
 
-        A version that is put at this very moment may be erased uncounted; and so may a secret be that a workload names
-        which is applied at this very moment.
-
         Args:
             asked: who, under which id.
             name: its name.
@@ -145,39 +145,26 @@ class SecretDesk:
         said = (b"allow_used",) if allow_used else ()
         draft = self._journal.draft(asked, AdminMethod.DELETE_SECRET, name.encode(), *said)
         if (earlier := await self._journal.answered(draft)) is not None:
-            return _erased(earlier)
-        used_by = _users(await self._library.current(), name)
-        versions = await self._versions(name)
-        if used_by and versions and not allow_used:
-            raise _in_use(name, used_by)
-        listed = {"used_by": used_by[:LISTED_MAX]} if used_by else {}
-        audit = self._journal.row(AuditEvent.SECRET_DELETED, asked, await self._journal.now(), name=name, **listed)
-        outcome = await self._store.delete_secret(name, draft.answering(versions=versions), audit, self._documents)
-        if outcome is Outcome.LOST:
-            raise NotFound(Reason.NOT_FOUND, f"there is no secret {name}")
-        if outcome is not Outcome.DONE:
-            return _erased(await self._journal.answered_meanwhile(draft))
-        self._journal.stored(audit)
-        return versions
-
-    async def _versions(self, name: str) -> int:
-        """How many versions of a secret there are: they follow each other without a gap, up to the newest."""
-        newest = await self._store.secret(name, None)
-        if newest is None:
-            return 0
-        low, oldest = 1, newest.version
-        while low < oldest:
-            middle = (low + oldest) // 2
-            if await self._store.secret(name, middle) is None:
-                low = middle + 1
-            else:
-                oldest = middle
-        return newest.version - oldest + 1
-
-
-def _erased(answer: Mapping[str, Any]) -> int:
-    # An answer that was kept by a version that did not count has none.
-    return int(answer.get("versions", 0))
+            return int(earlier["versions"])
+        for _ in range(ATTEMPTS):
+            documents = await self._library.current()
+            used_by = _users(documents, name)
+            if used_by and not allow_used and await self._store.secret(name, None) is not None:
+                raise _in_use(name, used_by)
+            listed = {"used_by": used_by[:LISTED_MAX]} if used_by else {}
+            audit = self._journal.row(AuditEvent.SECRET_DELETED, asked, await self._journal.now(), name=name, **listed)
+            outcome, versions = await self._store.delete_secret(
+                name, draft.answering(), audit, self._documents, documents.revision
+            )
+            if outcome is Outcome.DOCUMENTS_CHANGED:  # perhaps a workload that names it
+                continue
+            if outcome is Outcome.LOST:
+                raise NotFound(Reason.NOT_FOUND, f"there is no secret {name}")
+            if outcome is not Outcome.DONE:
+                return int((await self._journal.answered_meanwhile(draft))["versions"])
+            self._journal.stored(audit)
+            return versions
+        raise Unavailable(Reason.STORE_UNAVAILABLE, "documents change faster than a secret is erased: repeat")
 
 
 def _users(documents: Documents, secret: str) -> list[str]:

@@ -237,11 +237,20 @@ class Store(Protocol):
         """The newest version of each secret, by name; a page after the name `after`."""
         ...
 
-    async def delete_secret(self, name: str, request: AdminRequest, audit: AuditRow, seal: DocumentSeal) -> Outcome:
+    async def delete_secret(
+        self, name: str, request: AdminRequest, audit: AuditRow, seal: DocumentSeal, revision: int | None = None
+    ) -> tuple[Outcome, int]:
         """Erase all versions of a secret; the documents get another revision, as with `revise`.
 
+        Args:
+            name: its name.
+            request: the request for it; its answer, and the record, get a member `versions`.
+            audit: the record of it.
+            seal: the documents' seal.
+            revision: that the documents were looked at with; None for any.
+
         Returns:
-            `DONE`, `LOST` (there is none) or `REQUEST_TAKEN`.
+            `DONE`, `LOST` (there is none), `DOCUMENTS_CHANGED` or `REQUEST_TAKEN`; and how many versions there were.
         """
         ...
 

@@ -156,11 +156,8 @@ class Secrets(OverEngine):
                 f"INSERT INTO secret ({SECRET_COLUMNS}) VALUES (?, ?, ?, ?, ?)",  # noqa: S608 -- constants
                 *(name, version, seal(version), size, stamp(audit.time)),
             )
-            transaction.tell(
-                "UPDATE admin_request SET answer=? WHERE caller=? AND method=? AND request_id=?",
-                *(_with_version(request.answer, version), *key_cells(request.key)),
-            )
-            await append(transaction, head, replace(audit, body=_with_version(audit.body, version)))
+            _answer(transaction, request, version=version)
+            await append(transaction, head, replace(audit, body=_with(audit.body, version=version)))
             return version
 
         try:
@@ -185,21 +182,31 @@ class Secrets(OverEngine):
         )
         return [secret_of(row) for row in rows]
 
-    async def delete_secret(self, name: str, request: AdminRequest, audit: AuditRow, seal: DocumentSeal) -> Outcome:
+    async def delete_secret(
+        self, name: str, request: AdminRequest, audit: AuditRow, seal: DocumentSeal, revision: int | None = None
+    ) -> tuple[Outcome, int]:
         """See `Store`."""
 
-        async def work(transaction: Transaction) -> None:
+        async def work(transaction: Transaction) -> int:
             asked, taken, head = transaction.rows(_DOCUMENTS), _take(transaction, request), the_head(transaction)
             deleted = transaction.change("DELETE FROM secret WHERE name=?", name)
             found = _sealed(await asked, seal)
             await _require_taken(taken)
-            if not await deleted:
+            if revision not in {None, found.revision}:
+                raise Decided(Outcome.DOCUMENTS_CHANGED)
+            versions = await deleted
+            if not versions:
                 raise Decided(Outcome.LOST)
-            await append(transaction, head, audit)
+            _answer(transaction, request, versions=versions)
+            await append(transaction, head, replace(audit, body=_with(audit.body, versions=versions)))
             # A release that read the secret before this must not come after it.
             _revise(transaction, found, seal)
+            return versions
 
-        return await self._decide("delete-secret", work)
+        try:
+            return Outcome.DONE, await self._engine.write("delete-secret", work)
+        except Decided as decided:
+            return decided.outcome, 0
 
     async def identity(self, name: str) -> bytes | None:
         """See `Store`."""
@@ -345,5 +352,13 @@ def _revise(transaction: Transaction, new: DocumentSet, seal: DocumentSeal) -> N
     )
 
 
-def _with_version(text: str, version: int) -> str:
-    return json.dumps({**json.loads(text), "version": version})
+def _answer(transaction: Transaction, request: AdminRequest, **known: int) -> None:
+    """Put what is known only now into a request's answer."""
+    transaction.tell(
+        "UPDATE admin_request SET answer=? WHERE caller=? AND method=? AND request_id=?",
+        *(_with(request.answer, **known), *key_cells(request.key)),
+    )
+
+
+def _with(text: str, **members: int) -> str:
+    return json.dumps({**json.loads(text), **members})

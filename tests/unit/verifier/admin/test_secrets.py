@@ -19,7 +19,7 @@ from verifier.admin.paging import PageRequest
 from verifier.keys.base import secret_place
 from verifier.launches.launch import content_hash
 from verifier.secrets.put import SECRET_MAX
-from verifier.store.rows import AdminRequest, Outcome, RequestKey
+from verifier.store.rows import Outcome, RequestKey
 
 VALUE = b"correct horse battery staple"
 PAGE = PageRequest(size=100)
@@ -130,16 +130,28 @@ async def test_a_secret_that_a_workload_names_is_erased_only_where_that_is_said(
     for _ in range(2):
         assert await site.owner.secrets.delete(once, "disk", allow_used=True) == 1
     assert await site.desk.store.secret("disk", 1) is None
-    assert json.loads(site.desk.audit()[-1].body) == {"name": "disk", "used_by": ["shop 1", "till 1"]}
+    assert json.loads(site.desk.audit()[-1].body) == {
+        "name": "disk",
+        "used_by": ["shop 1", "till 1"],
+        "versions": 1,
+    }
 
 
-async def test_a_request_that_was_kept_before_versions_were_counted_is_answered(site: OwnerSite) -> None:
-    once = asked()
+async def test_a_workload_that_comes_while_its_secret_is_erased_keeps_it(
+    site: OwnerSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
     await site.owner.secrets.put(asked(), "disk", VALUE)
-    key = RequestKey(caller=once.caller, method="DeleteSecret", request_id=once.request_id)
-    kept = AdminRequest(key=key, content=content_hash(b"disk"), answer="{}")
-    assert await site.desk.store.delete_secret("disk", kept, audit(), site.desk.dependencies.seal) is Outcome.DONE
-    assert await site.owner.secrets.delete(once, "disk") == 0
+    erase = site.desk.store.delete_secret
+
+    async def late(*args: Any, **named: Any) -> tuple[Outcome, int]:
+        monkeypatch.undo()
+        await site.apply(workload("shop", secrets=stored("disk")))
+        return await erase(*args, **named)
+
+    monkeypatch.setattr(site.desk.store, "delete_secret", late)
+    error = await refused(site.owner.secrets.delete(asked(), "disk"))
+    assert error.reason is Reason.DOCUMENT_CONFLICT
+    assert await site.desk.store.secret("disk", 1) is not None
 
 
 async def test_a_request_that_did_not_say_so_is_another_than_one_that_does(site: OwnerSite) -> None:
@@ -198,7 +210,7 @@ async def test_putting_and_erasing_are_recorded_without_the_value(site: OwnerSit
     put, erased = site.desk.audit()
     assert (put.event, erased.event) == ("secret.put", "secret.deleted")
     assert json.loads(put.body) == {"name": "disk", "size": len(VALUE), "version": 1}
-    assert json.loads(erased.body) == {"name": "disk"}
+    assert json.loads(erased.body) == {"name": "disk", "versions": 1}
     said = repr([*site.desk.audit(), site.desk.log.events, await site.owner.secrets.list(PAGE)])
     for spelled in spellings(VALUE):
         assert spelled not in said.encode()

@@ -188,7 +188,7 @@ async def test_an_erased_secret_is_gone_from_every_file(store: SqliteStore, tmp_
     await store.put_secret("disk", lambda _version: blob, 9, admin_request(), audit("secret.put"))
     await store.flush_erased()
     assert blob in (tmp_path / "state" / FILE_NAME).read_bytes()
-    assert await store.delete_secret("disk", admin_request(), audit("secret.deleted"), SEAL) is Outcome.DONE
+    assert (await store.delete_secret("disk", admin_request(), audit("secret.deleted"), SEAL))[0] is Outcome.DONE
     await store.flush_erased()
     assert not [path for path in (tmp_path / "state").iterdir() if blob in path.read_bytes()]
 
