@@ -125,7 +125,7 @@ class VerifierAdmin:
         ]
 
     async def delete_secret(self, name: str, *, allow_used: bool = False) -> int:
-        """Erase a secret with all its versions; how many, 0 where the verifier does not say (`DeleteSecret`)."""
+        """Erase a secret with all its versions; how many there were (`DeleteSecret`)."""
         request = pb.DeleteSecretRequest(request_id=str(self._new_id()), name=name, allow_used=allow_used)
         return (await self._change(self._stub.DeleteSecret, request)).versions
 

@@ -93,8 +93,7 @@ def run_delete(args: argparse.Namespace) -> int:
         except WrongState as error:
             hint = "withdraw those workloads first; --allow-used erases it all the same, and no command brings it back"
             raise WrongState(error.reason, error.message, hint=hint) from error
-        counted = f"all its versions ({versions})" if versions else "all its versions"
-        print(f"secret {args.name}: erased, with {counted}")
+        print(f"secret {args.name}: erased, with all its versions ({versions})")
         return 0
 
     return connected(args, work)
