@@ -6,8 +6,8 @@ and leaves: that is what finds a token gone, and what finds it back.
 
 A few wrong PINs lock a token for good, and a machine repeats what it does. So within a process a PIN that a token
 refused is tried once, whoever asks; a start that ends with it has an exit code by which no supervisor starts it again;
-and the last try that a token has left is never for a PIN that was not accepted before: the token counts for all
-processes, replicas and restarts, and no file of ours could, since a container and replicas on a PostgreSQL keep none.
+and the last try that a token has left is never used, whatever was accepted before: the token counts for all processes,
+replicas and restarts, and no file of ours could, since a container and replicas on a PostgreSQL keep none.
 """
 
 from __future__ import annotations
@@ -30,9 +30,7 @@ if TYPE_CHECKING:
 PIN_MAX = 256  # bytes of a PIN file; PKCS#11 tokens take fewer
 _KEY_BITS = 256
 _IN_USE = threading.Lock()
-# Of the process, as the library is: which PINs a token refused and accepted, each by `_PinFile`. Guarded by `_IN_USE`.
-_REFUSED: set[_PinFile] = set()
-_ACCEPTED: set[_PinFile] = set()
+_REFUSED: set[_PinFile] = set()  # of the process, as the library is: which PINs a token refused. Guarded by `_IN_USE`.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,14 +166,13 @@ class Token:
                 library = pkcs11.lib(str(settings.module))
                 library.reinitialize()
                 token = library.get_token(token_label=settings.token)
-                if token.flags & pkcs11.TokenFlag.USER_PIN_FINAL_TRY and stands not in _ACCEPTED:
+                # A PIN that was accepted here may have been changed since, and replicas may have used the other tries.
+                if token.flags & pkcs11.TokenFlag.USER_PIN_FINAL_TRY:
                     raise self._refused("has one try left for the PIN, which is not used; log in once by its own tool")
                 with token.open(rw=rw, user_pin=pin) as session:
-                    _ACCEPTED.add(stands)
                     yield session
             except (pkcs11.PinIncorrect, pkcs11.PinInvalid, pkcs11.PinLenRange, pkcs11.PinLocked) as error:
                 _REFUSED.add(stands)
-                _ACCEPTED.discard(stands)
                 raise self._refused("refuses the PIN") from error
             except pkcs11.NoSuchToken as error:
                 raise self._away("is not there") from error

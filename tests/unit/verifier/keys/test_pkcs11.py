@@ -255,7 +255,7 @@ async def test_a_pin_that_was_accepted_and_is_refused_now_is_not_tried_again(
     assert watched.tried == [PIN, PIN]
 
 
-async def test_the_last_try_that_a_token_has_left_is_for_nobody_but_a_pin_that_it_accepted(
+async def test_the_last_try_that_a_token_has_left_is_never_used_whatever_was_accepted_before(
     token: SoftToken, path: Path, watched: Watched
 ) -> None:
     watched.final = True
@@ -269,8 +269,41 @@ async def test_the_last_try_that_a_token_has_left_is_for_nobody_but_a_pin_that_i
     watched.final = False  # somebody logged in
     await key.refresh()
     watched.final = True  # and somebody else did not
+    assert "has one try left for the PIN" in (await refusal(key)).message
+    assert watched.tried == [PIN]
+    watched.final = False
     await key.refresh()
     assert watched.tried == [PIN, PIN]
+
+
+async def test_replicas_leave_the_last_try_when_the_pin_is_changed_at_the_token(
+    token: SoftToken, path: Path, tmp_path: Path, watched: Watched
+) -> None:
+    replicas = []
+    for name in ("a", "b", "c"):  # each with a file of its own: what one is refused says nothing to the next
+        write_private(tmp_path / name, PIN.encode())
+        replicas.append(read_wrapped_key_file(path, replace(token.settings, pin_file=tmp_path / name)))
+    for each in replicas:
+        await each.refresh()
+    token.tool("--init-token", "--token", TOKEN, "--label", TOKEN, "--so-pin", SO_PIN, "--pin", "8888-4444")
+    watched.tried.clear()
+    for tries_left, each in zip((3, 2, 1), replicas, strict=True):
+        watched.final = tries_left == 1
+        assert isinstance(await refusal(each), PinRefused)
+    assert watched.tried == [PIN] * 2
+
+
+async def test_without_its_file_no_pin_is_tried_while_it_is_changed(
+    token: SoftToken, path: Path, watched: Watched
+) -> None:
+    key = read_wrapped_key_file(path, token.settings)
+    await key.refresh()
+    token.settings.pin_file.unlink()
+    for _ in range(3):
+        assert not isinstance(await refusal(key), PinRefused)
+    assert watched.tried == [PIN]
+    token.write_pin(PIN)
+    await key.refresh()
 
 
 async def test_whoever_needs_the_key_is_told_nothing_of_the_token_or_of_where_its_pin_lies(
