@@ -196,27 +196,37 @@ class Token:
             )
             if stands in _REFUSED:
                 raise self._refused("refused the PIN; it is not tried again until the file with it changes")
-            pin = read_private_file(
+            content = read_private_file(
                 path,
                 setting="pkcs11.pin_file",
                 limit=PIN_MAX,
                 hint="it holds the user PIN, and nobody else can read it",
             )
-            return stands, pin.decode().removesuffix("\n")
+            return stands, _pin_in(path, content)
         except InvalidInput as error:
             raise Unavailable(Reason.KEY_UNAVAILABLE, error.message) from error
         except OSError as error:
             raise Unavailable(
                 Reason.KEY_UNAVAILABLE, f"pkcs11.pin_file: {path}: {os.strerror(error.errno or 0)}"
             ) from error
-        except UnicodeDecodeError:
-            raise Unavailable(Reason.KEY_UNAVAILABLE, f"pkcs11.pin_file: {path} is not UTF-8") from None
 
     def _refused(self, what: str) -> PinRefused:
         return PinRefused(Reason.KEY_UNAVAILABLE, f"the key token {self._settings.token} {what}")
 
     def _away(self, what: str) -> Unavailable:
         return Unavailable(Reason.KEY_UNAVAILABLE, f"the key token {self._settings.token} {what}")
+
+
+def _pin_in(path: Path, content: bytes) -> str:
+    """The PIN in a file; what can be none is refused here, since the token would count it as a try."""
+    line = content.removesuffix(b"\r\n" if content.endswith(b"\r\n") else b"\n")
+    if not line or len(content) > PIN_MAX:
+        why = f"has more than {PIN_MAX} bytes" if line else "is empty"
+        raise Unavailable(Reason.KEY_UNAVAILABLE, f"pkcs11.pin_file: {path} {why}")
+    try:
+        return line.decode()
+    except UnicodeDecodeError:
+        raise Unavailable(Reason.KEY_UNAVAILABLE, f"pkcs11.pin_file: {path} is not UTF-8") from None
 
 
 def _pkcs11() -> ModuleType:

@@ -338,6 +338,45 @@ async def test_a_pin_file_that_others_can_read_is_not_used(token: SoftToken, pat
     await key.refresh()
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is empty"),
+        (b"\n", "is empty"),
+        (b"\r\n", "is empty"),
+        (b"7" * 257, "has more than 256 bytes"),
+        (b"7" * 256 + b"\n", "has more than 256 bytes"),
+        (b"\xff" * 300, "has more than 256 bytes"),
+        (b"\xff", "is not UTF-8"),
+    ],
+)
+async def test_what_is_no_pin_is_not_tried(
+    token: SoftToken, path: Path, watched: Watched, content: bytes, said: str
+) -> None:
+    key = read_wrapped_key_file(path, token.settings)
+    token.settings.pin_file.write_bytes(content)
+    for _ in range(2):
+        error = await refusal(key)
+        assert not isinstance(error, PinRefused)
+        assert error.message == f"pkcs11.pin_file: {token.settings.pin_file} {said}"
+    assert watched.tried == []
+
+
+@pytest.mark.parametrize(
+    ("ending", "tried"), [("", PIN), ("\n", PIN), ("\r\n", PIN), ("\n\n", f"{PIN}\n"), ("\r", f"{PIN}\r")]
+)
+async def test_one_line_break_at_the_end_is_not_of_the_pin(
+    token: SoftToken, path: Path, watched: Watched, ending: str, tried: str
+) -> None:
+    key = read_wrapped_key_file(path, token.settings)
+    token.settings.pin_file.write_bytes(f"{PIN}{ending}".encode())
+    if tried == PIN:
+        await key.refresh()
+    else:
+        assert isinstance(await refusal(key), PinRefused)
+    assert watched.tried == [tried]
+
+
 async def test_a_library_that_is_not_there_is_a_key_out_of_reach(token: SoftToken, path: Path, tmp_path: Path) -> None:
     key = read_wrapped_key_file(path, replace(token.settings, module=tmp_path / "none.so"))
     assert "does not do it (PKCS11Error)" in (await refusal(key)).message
