@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +81,9 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
     """The command line of `audit verify`."""
     parser.add_argument("--jwks", metavar="FILE", help="the verifier's keys, as `sevattest owner keys` gave them once")
     parser.add_argument(
-        "--since-checkpoint", metavar="FILE", help="a checkpoint that was kept: what was signed then is not read again"
+        "--since-checkpoint",
+        metavar="FILE",
+        help="a checkpoint that was kept: its record must stand as it was signed, and only what follows is verified",
     )
     parser.add_argument(
         "--checkpoint",
@@ -100,7 +102,7 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
 
 
 def run_verify(args: argparse.Namespace) -> int:
-    """Read the whole log and verify it; 1 where a record was changed, removed, moved or cut off."""
+    """Read the log and verify it; 1 where a record was changed, removed, moved or cut off."""
     from common.audit.checkpoint import verify_checkpoints
     from common.audit.jws import read_key_set
 
@@ -144,7 +146,7 @@ def _kept(name: str, keys: KeySet) -> SignedHead:
 
 
 async def _verified(admin: VerifierAdmin, signed: Sequence[SignedHead], start: Head | None) -> Head:
-    """The head of the log, all of which holds.
+    """The head of the log, all of which holds, or all of it from `start` on.
 
     Raises:
         Refused: it does not.
@@ -152,17 +154,38 @@ async def _verified(admin: VerifierAdmin, signed: Sequence[SignedHead], start: H
     from common.audit.chain import GENESIS
     from common.audit.checkpoint import verify_log
 
-    head = start or GENESIS
+    records = admin.records()
+    head = GENESIS if start is None else await _reached(records, signed, start)
     batch: list[Link] = []
-    async for record in admin.records():
-        if start is not None and record.number <= start.number:
-            continue
+    async for record in records:
         batch.append(_link(record))
         if len(batch) == _BATCH:
             head = verify_log(batch, [each for each in signed if each.head.number <= batch[-1].number], head)
             batch = []
     # With the rest of the checkpoints, so that a log that ends before one of them is found.
     return verify_log(batch, signed, head)
+
+
+async def _reached(records: AsyncIterator[AuditRecord], signed: Sequence[SignedHead], start: Head) -> Head:
+    """`start`, whose record must be there as it was signed; the ones before it that nobody signed are passed by.
+
+    Raises:
+        Refused: it is missing, or another one.
+    """
+    from common.audit.chain import GENESIS, Head, broken
+    from common.audit.checkpoint import verify_log
+
+    known = {each.head.number: each for each in signed if each.head.number <= start.number}
+    passed = GENESIS
+    async for record in records:
+        passed = Head(number=record.number, hash=bytes.fromhex(record.hash))
+        if there := known.get(passed.number):
+            verify_log((), [there], passed)
+        if passed.number >= start.number:
+            break
+    if passed.number > start.number:
+        raise broken(start.number, "is missing")
+    return verify_log((), known.values(), passed)
 
 
 def _link(record: AuditRecord) -> Link:

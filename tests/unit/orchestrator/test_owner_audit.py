@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from common.audit.chain import Head
+from common.audit.chain import Head, record_hash
 from tests.support.documents import grant
 from tests.support.local_admin import LocalAdmin, local_admin
 from tests.support.owner_site import sign_head
@@ -147,10 +147,104 @@ def test_a_log_that_was_cut_together_with_its_checkpoints_is_found_with_a_kept_o
 
     admin.faults.spoil = {"ListAuditRecords": cut, "ListCheckpoints": unsigned}
     assert admin.run("audit", "verify").code == 0  # nothing contradicts it
-    found = admin.run("audit", "verify", "--checkpoint", kept)
-    assert found.code == 1
-    assert "record 4 is missing: the log was signed up to record 4" in found.err
-    assert admin.run("audit", "verify", "--since-checkpoint", kept).code == 0  # nothing after it is claimed
+    for option in ("--checkpoint", "--since-checkpoint"):
+        found = admin.run("audit", "verify", option, kept)
+        assert (found.out, found.code) == ("", 1)
+        assert "record 4 is missing: the log was signed up to record 4" in found.err
+
+
+def _written_anew(records: Any) -> None:
+    last = bytes(32)
+    for record in records:
+        members = {**json.loads(record.json), "caller": "spiffe://owner.example/owner/eve"}
+        record.json = json.dumps(members, separators=(",", ":"), sort_keys=True)
+        record.hash = last = record_hash(last, record.number, members)
+
+
+def _without_the_signed_one(records: Any) -> None:
+    del records[3]
+
+
+def _signed_one_moved(records: Any) -> None:
+    records[3], records[4] = records[4], records[3]
+
+
+def _signed_one_twice(records: Any) -> None:
+    records.insert(4, records[3])
+
+
+@pytest.mark.parametrize(
+    ("lie", "sentence"),
+    [
+        (_cut, "record 4 is missing: the log was signed up to record 4"),
+        (_emptied, "record 1 is missing: the log was signed up to record 4"),
+        (_written_anew, "record 4 is not the one that was signed: the log was written anew up to there"),
+        (_without_the_signed_one, "record 4 is missing"),
+        (_signed_one_moved, "record 4 is missing"),
+        (_signed_one_twice, "record 4 stands again, or out of order, where record 5 belongs"),
+        (_another_hash, "record 6 is not the one that was written"),
+    ],
+)
+def test_a_log_is_refused_from_a_kept_checkpoint_on_as_with_it(
+    admin: LocalAdmin, tmp_path: Path, lie: Callable[[Any], None], sentence: str
+) -> None:
+    kept = tmp_path / "checkpoint"
+    assert admin.run("audit", "verify", "--keep", kept).code == 0
+    honest = admin.run("audit", "verify", "--since-checkpoint", kept)
+    assert (honest.code, honest.out.splitlines()[0]) == (0, "the audit log is whole: records 5 to 6, checkpoints: 1")
+
+    def spoil(answer: Any) -> Any:
+        records = list(answer.records)
+        lie(records)
+        del answer.records[:]
+        answer.records.extend(records)
+        return answer
+
+    def unsigned(answer: Any) -> Any:
+        del answer.checkpoints[:]
+        return answer
+
+    admin.faults.spoil = {"ListAuditRecords": spoil, "ListCheckpoints": unsigned}
+    for option in ("--checkpoint", "--since-checkpoint"):
+        said = admin.run("audit", "verify", option, kept)
+        assert (said.out, said.code) == ("", 1)
+        assert said.err.startswith(f"sevattest: audit log: {sentence}")
+
+
+def test_an_older_checkpoint_must_hold_from_a_newer_one_on_too(admin: LocalAdmin, tmp_path: Path) -> None:
+    older, newer = tmp_path / "older", tmp_path / "newer"
+    assert admin.run("audit", "verify", "--keep", older).code == 0
+
+    async def sign() -> None:
+        async with admin.open() as site:
+            await sign_head(site)
+
+    asyncio.run(sign())
+    assert admin.run("audit", "verify", "--keep", newer).code == 0
+    words = ("audit", "verify", "--checkpoint", older, "--since-checkpoint", newer)
+    assert admin.run(*words).code == 0
+
+    def spoil(answer: Any) -> Any:
+        answer.records[3].hash = bytes(32)
+        return answer
+
+    admin.faults.spoil = {"ListAuditRecords": spoil}
+    said = admin.run(*words)
+    assert (said.out, said.code) == ("", 1)
+    assert "record 4 is not the one that was signed" in said.err
+
+
+def test_records_before_a_kept_checkpoint_are_passed_by(admin: LocalAdmin, tmp_path: Path) -> None:
+    kept = tmp_path / "checkpoint"
+    assert admin.run("audit", "verify", "--keep", kept).code == 0
+
+    def spoil(answer: Any) -> Any:
+        _changed(answer.records)
+        return answer
+
+    admin.faults.spoil = {"ListAuditRecords": spoil}
+    assert admin.run("audit", "verify", "--since-checkpoint", kept).code == 0
+    assert "record 2 is not the one that was written" in admin.run("audit", "verify", "--checkpoint", kept).err
 
 
 def test_a_kept_checkpoint_gives_way_to_newer_ones_only(admin: LocalAdmin, tmp_path: Path) -> None:
