@@ -2,8 +2,10 @@
 
 Refused beyond what the safe loaders refuse: keys that come twice (the last would win silently), keys that are not text,
 YAML aliases (a kilobyte of them unfolds to gigabytes), YAML tags (each is read by code that fails in ways of its own),
-plain text that YAML 1.1 and YAML 1.2 read differently (`0100`, `1:00`, `yes`), half characters (no file name or record
-can hold one) and more than one document in a text. Dates are text.
+plain text that YAML 1.1 and YAML 1.2 read differently (`0100`, `1:00`, `yes`), characters that only some take for line
+breaks (a comment would end there, and live keys follow), half characters (no file name or record can hold one), numbers
+that JSON has not (`NaN`) and more than one document in a text. Dates are text. What is JSON and YAML by its looks means
+the same as either, or is refused as one of them.
 """
 
 from __future__ import annotations
@@ -65,6 +67,8 @@ _DIFFERENT = r"""
     | [-+]?\.[0-9][0-9_]*([eE][-+]?[0-9]+)?
     | yes|Yes|YES|no|No|NO|on|On|ON|off|Off|OFF
 """
+# YAML 1.1, and PyYAML with it, breaks lines at all of these; YAML 1.2 at a CR alone; git, and who reviews with it, at none.
+_BREAKS = re.compile("\r(?!\n)|[\x85\u2028\u2029]")
 _DIFFERENT_TAG = "!different"
 _SHOWN_MAX = 64  # characters
 
@@ -94,6 +98,7 @@ def parse_text(text: bytes, *, is_json: bool) -> object:
         raise InvalidDocument(f"the text is longer than {TEXT_MAX} bytes")
     try:
         decoded = text.decode("utf-8")
+        _require_plain_breaks(decoded)
         data = _parse_json(decoded) if is_json else _parse_yaml(decoded)
         _require_spellable(data)
     except UnicodeDecodeError:
@@ -102,6 +107,16 @@ def parse_text(text: bytes, *, is_json: bool) -> object:
         raise InvalidDocument("the text is nested too deeply") from None
     else:
         return data
+
+
+def _require_plain_breaks(text: str) -> None:
+    """Refuse line breaks that a reviewer does not see."""
+    if found := _BREAKS.search(text):
+        line = text.count("\n", 0, found.start()) + 1
+        raise InvalidDocument(
+            f"line {line}: U+{ord(found[0]):04X} is a line break to some readers only: end lines with LF or CR LF, "
+            "and escape it within quotes"
+        )
 
 
 def _require_spellable(data: object) -> None:
@@ -134,8 +149,11 @@ def _parse_json(text: str) -> object:
             members[key] = value
         return members
 
+    def refuse(constant: str) -> object:
+        raise InvalidDocument(f"the text is not JSON: {constant} is no number of it")
+
     try:
-        return json.loads(text, object_pairs_hook=distinct)
+        return json.loads(text, object_pairs_hook=distinct, parse_constant=refuse)
     except json.JSONDecodeError as error:
         raise InvalidDocument(f"line {error.lineno}: {error.msg[:1].lower()}{error.msg[1:]}") from None
     except ValueError as error:  # a number of thousands of digits

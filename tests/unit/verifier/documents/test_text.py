@@ -81,6 +81,101 @@ def test_a_value_in_json_is_the_same_in_yaml(value: object) -> None:
     assert parse_text(text, is_json=True) == parse_text(text, is_json=False) == {"a": value}
 
 
+# What PyYAML takes for a line break and others do not; the place where it stands, and the line that others count.
+BREAKS = ("\x85", "\u2028", "\u2029", "\r")
+PLACES = (
+    ("a: 1\n# reviewed{}b: 2\n", False, 2),
+    ("a: 1{}b: 2\n", False, 1),
+    ("\n\na: 1{}", False, 3),
+    ("a: 1\r\nb: [1,{}2]\r\n", False, 2),
+    ("a: 'x{}y'\n", False, 1),
+    ('a: "x{}y"\n', False, 1),
+    ("a: |\n  x{}  b: 2\n", False, 2),
+    ("a{}: 1\n", False, 1),
+    ("{}a: 1\n", False, 1),
+    ("a: 1\n{}", False, 2),
+    ('{{"a": "x{}y"}}', False, 1),
+    ('{{"a": "x{}y"}}', True, 1),
+    ('{{"a": 1,\n{}"b": 2}}', True, 2),
+)
+
+
+@pytest.mark.parametrize("character", BREAKS)
+@pytest.mark.parametrize(("text", "is_json", "line"), PLACES)
+def test_what_only_some_readers_take_for_a_line_break_is_refused(
+    text: str,
+    is_json: bool,  # noqa: FBT001
+    line: int,
+    character: str,
+) -> None:
+    with pytest.raises(
+        InvalidDocument, match=rf"^line {line}: U\+{ord(character):04X} is a line break to some readers"
+    ):
+        parse_text(text.format(character).encode(), is_json=is_json)
+
+
+@pytest.mark.parametrize("is_json", [False, True])
+@pytest.mark.parametrize("character", BREAKS)
+def test_such_a_character_can_be_escaped(character: str, is_json: bool) -> None:  # noqa: FBT001
+    text = f'{{"a": "x\\u{ord(character):04x}y"}}'.encode()
+    assert parse_text(text, is_json=is_json) == {"a": f"x{character}y"}
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+def test_lines_end_as_on_any_system(ending: str) -> None:
+    lines = ("# a comment", "a: 1", "b: |", "  x", "  y", "")
+    assert parse_text(ending.join(lines).encode(), is_json=False) == {"a": 1, "b": "x\ny\n"}
+
+
+# Texts that are JSON and YAML by their looks: what both take means the same, what one does not take is refused by it.
+BOTH = (
+    *(
+        '{"a": 1}',
+        '{"a":1}',
+        '{"a": -0}',
+        '{"a": 1.5E+3}',
+        '{"a": "\\/"}',
+        '{"a": "b: #c"}',
+        '{"a": "\ufeffx"}',
+        "[1, 2]",
+    ),
+    *('{"a": 1e3}', '{"a": 1E400}', '{"a": NaN}', '{"a": Infinity}', '{"a": -Infinity}', '{"a": [NaN]}', '{"a": .nan}'),
+    *('{"a": "x\x7fy"}', '{"a": "x\ty"}', '{"a":\t1}', '{"a"\n: 1}', '\ufeff{"a": 1}', '{"a": "\\ud83d\\ude00"}'),
+    *(f'{{"a": "x{each} y"}}' for each in (*BREAKS, "\ufffe", "\xa0", "\x0b", "\x0c", "\x1c")),
+)
+
+
+@pytest.mark.parametrize("text", BOTH)
+def test_json_and_yaml_never_read_two_things_out_of_one_text(text: str) -> None:
+    meant = []
+    for is_json in (False, True):
+        with contextlib.suppress(InvalidDocument):
+            meant.append(parse_text(text.encode(), is_json=is_json))
+    assert meant[1:] in ([], meant[:1])
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.text(max_size=8),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+        max_leaves=8,
+    ),
+    st.booleans(),
+)
+def test_any_json_that_yaml_takes_is_the_same_in_it(value: object, escaped: bool) -> None:  # noqa: FBT001
+    text = json.dumps(value, ensure_ascii=escaped).encode("utf-8", "surrogatepass")
+    with contextlib.suppress(InvalidDocument):
+        assert parse_text(text, is_json=False) == value
+        assert parse_text(text, is_json=True) == value
+
+
+@pytest.mark.parametrize("spelled", ["NaN", "Infinity", "-Infinity"])
+def test_json_has_finite_numbers_only(spelled: str) -> None:
+    with pytest.raises(InvalidDocument, match=f"^the text is not JSON: {spelled} is no number of it$"):
+        parse_text(f'{{"a": {spelled}}}'.encode(), is_json=True)
+    assert parse_text(f'{{"a": "{spelled}"}}'.encode(), is_json=True) == {"a": spelled}
+
+
 @pytest.mark.parametrize(
     ("text", "is_json", "problem"),
     [
