@@ -14,6 +14,7 @@ from verifier.appraisal.revoked import join
 from verifier.config import Config
 from verifier.keys.base import SealingKey
 from verifier.keys.keyring import Keyring
+from verifier.keys.pkcs11 import TokenKey
 from verifier.launches.platforms import DenyList
 from verifier.library.documents import Documents
 from verifier.store.base import Store
@@ -39,10 +40,11 @@ class Keys:
             InvalidInput: INVALID_CONFIGURATION.
         """
         self._store, self._log, self._spawn = store, log, spawn
+        self._pkcs11 = config.pkcs11
         self._keys = parts.sealing_keys(config)
         self.ring = Keyring(self._keys[0], self._keys[1:])
         self.changed = asyncio.Event()
-        self._refreshers: dict[bytes, asyncio.Task[None]] = {}
+        self._refreshers: dict[TokenKey, asyncio.Task[None]] = {}
 
     async def open(self) -> None:
         """Have each key opened, and see that all that is stored has its key among them.
@@ -57,11 +59,11 @@ class Keys:
 
     def keep_fresh(self) -> None:
         """Have the token asked for its keys again and again, and for those no more that are not in use."""
-        tokens = {key.key_id: key for key in parts.token_keys(self._keys)}
-        for gone in self._refreshers.keys() - tokens.keys():
+        tokens = set(parts.token_keys(self._keys))
+        for gone in self._refreshers.keys() - tokens:
             self._refreshers.pop(gone).cancel()
-        for key_id in tokens.keys() - self._refreshers.keys():
-            self._refreshers[key_id] = self._spawn(tokens[key_id].keep_fresh(self._log))
+        for key in tokens - self._refreshers.keys():
+            self._refreshers[key] = self._spawn(key.keep_fresh(self._log))
 
     async def reload(self, config: Config) -> None:
         """Put other keys in place, once each of them opens and all that is stored has its key among them.
@@ -70,14 +72,15 @@ class Keys:
             InvalidInput: as for `open`; the keys stay what they were.
             Unavailable: as for `open`; the keys stay what they were.
         """
-        known = {key.key_id: key for key in self._keys}
+        # A key that is known is not asked for again, unless the token is reached in another way.
+        known = {key.key_id: key for key in self._keys} if config.pkcs11 == self._pkcs11 else {}
         keys = tuple(known.get(key.key_id, key) for key in parts.sealing_keys(config))
         for key in parts.token_keys(keys):
             if key.key_id not in known:
                 await key.refresh()
         await self._require_all_that_is_stored(keys)
         self.ring.reload(keys[0], keys[1:])
-        self._keys = keys
+        self._keys, self._pkcs11 = keys, config.pkcs11
         self.keep_fresh()
         self.changed.set()
 

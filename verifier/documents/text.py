@@ -67,7 +67,7 @@ _DIFFERENT = r"""
     | [-+]?\.[0-9][0-9_]*([eE][-+]?[0-9]+)?
     | yes|Yes|YES|no|No|NO|on|On|ON|off|Off|OFF
 """
-# YAML 1.1, and PyYAML with it, breaks lines at all of these; YAML 1.2 at a CR alone; git, and who reviews with it, at none.
+# YAML 1.1, and PyYAML with it, breaks lines at all of these; YAML 1.2 at a CR alone; git, which reviewers see, never.
 _BREAKS = re.compile("\r(?!\n)|[\x85\u2028\u2029]")
 _DIFFERENT_TAG = "!different"
 _SHOWN_MAX = 64  # characters

@@ -7,12 +7,13 @@ import contextlib
 import os
 import stat
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pkcs11
 import pytest
 from pkcs11 import Attribute, KeyType, MechanismFlag, ObjectClass, TokenFlag
@@ -22,6 +23,8 @@ from common.private_file import write_private
 from tests.support.eventually import until
 from tests.support.recording_log import RecordingLog
 from tests.support.softhsm import KEY, MISSING, PIN, SO_PIN, TOKEN, SoftToken, make_token, softhsm_module
+from verifier.config import Config, Pkcs11Config, TlsConfig
+from verifier.exchange import Keys
 from verifier.keys import pkcs11 as wrapped_keys
 from verifier.keys.file import FileKey, read_key_file, write_key_file
 from verifier.keys.keyring import Keyring
@@ -502,3 +505,97 @@ def test_without_python_pkcs11_the_extra_is_named(
     with pytest.raises(InvalidInput, match="not installed") as caught:
         read_wrapped_key_file(path, token.settings)
     assert "sevattest[pkcs11]" in caught.value.fields["hint"]
+
+
+class Stored:
+    """A store in which one key has sealed something."""
+
+    def __init__(self, key_id: bytes) -> None:
+        self._key_id = key_id
+
+    async def sealing_keys(self) -> frozenset[bytes]:
+        return frozenset({self._key_id})
+
+
+@dataclass
+class Serving:
+    """The keys of a verifier that serves, and which chores keep them fresh."""
+
+    config: Config
+    keys: Keys
+    chores: list[asyncio.Task[None]]
+
+    def under(self, **settings: object) -> Config:
+        """The configuration with other words in `[pkcs11]`."""
+        assert self.config.pkcs11 is not None
+        return msgspec.structs.replace(self.config, pkcs11=msgspec.structs.replace(self.config.pkcs11, **settings))
+
+
+@pytest.fixture
+async def serving(token: SoftToken, path: Path, watched: Watched) -> AsyncIterator[Serving]:
+    settings = token.settings
+    config = Config(
+        listen="127.0.0.1:0",
+        documents=path.parent / "documents",
+        key_file=path,
+        tls=TlsConfig(cert=path, key=path, client_ca=path, trust_domain="owner.example"),
+        pkcs11=Pkcs11Config(
+            module=settings.module,
+            token=settings.token,
+            key=settings.key,
+            pin_file=settings.pin_file,
+            keep=settings.keep,
+        ),
+    )
+    chores: list[asyncio.Task[None]] = []
+
+    def spawn(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        work.close()  # it would ask the token in a thread, which may be gone by then
+        chores.append(asyncio.create_task(asyncio.sleep(3600)))
+        return chores[-1]
+
+    store: Any = Stored(read_wrapped_key_file(path, settings).key_id)
+    keys = Keys(config, store, RecordingLog(), spawn)
+    await keys.open()
+    keys.keep_fresh()
+    watched.tried.clear()
+    yield Serving(config, keys, chores)
+    for each in chores:
+        each.cancel()
+    await asyncio.gather(*chores, return_exceptions=True)
+
+
+async def test_a_reload_reaches_the_token_as_the_new_settings_say(
+    serving: Serving, tmp_path: Path, watched: Watched
+) -> None:
+    await serving.keys.reload(serving.config)
+    assert (watched.tried, len(serving.chores)) == ([], 1)  # nothing is new
+    spare = tmp_path / "spare"
+    write_private(spare, PIN.encode())
+    sealed = serving.keys.ring.seal(b"secret", b"place")
+    changes: tuple[dict[str, object], ...] = ({"pin_file": spare}, {"pin_file": spare, "keep": 7.0})
+    for times, settings in enumerate(changes, start=1):
+        await serving.keys.reload(serving.under(**settings))
+        assert (watched.tried, len(serving.chores)) == ([PIN] * times, 1 + times)
+        await asyncio.gather(serving.chores[-2], return_exceptions=True)
+        assert serving.chores[-2].cancelled()  # who asked in the old way
+        assert not serving.chores[-1].done()
+    assert serving.keys.ring.unseal(sealed, b"place") == b"secret"
+
+
+@pytest.mark.parametrize(
+    "settings", [{"token": "none"}, {"key": "none"}, {"module": Path("none.so")}, {"pin_file": None}]
+)
+async def test_settings_by_which_no_token_is_reached_change_nothing(
+    serving: Serving, tmp_path: Path, settings: dict[str, object]
+) -> None:
+    if "pin_file" in settings:
+        settings = {"pin_file": tmp_path / "wrong"}
+        write_private(tmp_path / "wrong", b"another")
+    with pytest.raises(Unavailable):
+        await serving.keys.reload(serving.under(**settings))
+    assert len(serving.chores) == 1
+    assert not serving.chores[0].done()
+    assert serving.keys.ring.seal(b"secret", b"place")
+    await serving.keys.reload(serving.config)
+    assert len(serving.chores) == 1
