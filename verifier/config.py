@@ -10,6 +10,7 @@ import msgspec
 
 from common import config
 from common.errors import InvalidInput, Reason
+from common.rpc import MAX_STREAMS
 from common.rpc.identity import Role
 from common.rpc.tls import ServerTls
 from common.telemetry.endpoint import MetricsConfig
@@ -188,7 +189,7 @@ class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """
 
     open_launches: int = 1000
-    calls: int = 32
+    calls: int = MAX_STREAMS  # fewer would refuse a caller with one connection
     # Twice the launches that a caller may have open: all of them refused and all of them reported, at one moment. A
     # record takes 500 bytes or a few more, so a caller that never stops fills some 30 MB a day.
     refusals: str = "2000/1h"

@@ -11,7 +11,7 @@ import grpc
 import pytest
 
 from common.errors import CLASS_OF, InvalidInput, LimitExceeded, PlatformFailed, Reason, Unavailable
-from common.rpc import MAX_MESSAGE
+from common.rpc import MAX_MESSAGE, MAX_STREAMS
 from common.rpc.client import call, follow, open_channel
 from common.rpc.identity import Role
 from common.rpc.server import Limits
@@ -22,6 +22,7 @@ from sevattest.v1 import host_agent_service_pb2_grpc as rpc
 from tests.support.eventually import until
 from tests.support.pki import Pki, raw_channel
 from tests.support.rpc_site import Site, serve, site, status_of
+from verifier.config import LimitsConfig
 
 __all__ = ["site"]  # a fixture
 
@@ -156,6 +157,23 @@ async def test_one_caller_cannot_take_more_than_its_share_and_others_keep_theirs
             release.set()
             await asyncio.gather(neighbour, *under_way)
             await site.abort(greedy)
+
+
+async def test_a_caller_with_one_connection_is_never_over_the_verifiers_share(pki: Pki) -> None:
+    async with serve(pki, limits=Limits(in_flight=LimitsConfig().calls)) as site:
+        release = asyncio.Event()
+
+        async def wait(_request: object) -> pb.AbortLaunchResponse:
+            await release.wait()
+            return pb.AbortLaunchResponse()
+
+        site.agent.behaviour = wait
+        async with site.client() as channel:
+            calls = [asyncio.create_task(site.abort(channel)) for _ in range(MAX_STREAMS + 1)]
+            await until(lambda: len(site.agent.callers) == MAX_STREAMS or any(call.done() for call in calls))
+            release.set()  # one call more waits at the client for a stream
+            await asyncio.gather(*calls)
+        assert len(site.agent.callers) == MAX_STREAMS + 1
 
 
 async def test_a_burst_of_calls_on_few_connections_is_answered_to_the_last(pki: Pki) -> None:

@@ -13,6 +13,8 @@ import msgspec
 import pytest
 
 from common.errors import Reason, Unavailable
+from common.rpc import MAX_STREAMS
+from common.rpc.server import Limits
 from common.telemetry.endpoint import MetricsConfig
 from tests.support.documents import CALLER, SECRET_GUID, grant, platform, revocation, write_document
 from tests.support.documents import workload as document
@@ -449,6 +451,15 @@ def test_the_page_describes_every_setting() -> None:
             yield from keys(inner, f"{field.name}.") if inner else (prefix + field.name,)
 
     assert [key for key in keys(Config) if f"`{key}`" not in page] == []
+
+
+def test_the_pages_say_how_many_calls_a_caller_may_have() -> None:
+    docs, calls = SAMPLES.parents[1] / "docs", LimitsConfig().calls
+    assert calls == Limits().in_flight == MAX_STREAMS  # the agent takes the default of all listeners
+    assert f"| `limits.calls` | {calls} |" in (docs / "verifier.md").read_text()
+    page = (docs / "identities.md").read_text()
+    assert f"fewer than {calls} calls under way, or than the verifier's `limits.calls` says" in page
+    assert f"| calls of one identity at once | {calls}; the verifier's `limits.calls` |" in page
 
 
 def test_the_page_describes_every_rule_and_event() -> None:
