@@ -15,6 +15,7 @@ from common.rpc.authz import METHODS
 from common.telemetry.metrics import Counter, Histogram, Metric
 from host_agent import metrics as agent
 from verifier import metrics as verifier
+from verifier.config import AuditConfig
 from verifier.launches.records import AuditEvent
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,6 +76,18 @@ def test_the_alerts_ask_for_metrics_and_labels_that_there_are() -> None:
             for label, values in re.findall(r'(\w+)=~?"([^"]*)"', selector):
                 assert label in ALL[name].labels, rule["alert"]
                 assert set(values.split("|")) <= known, rule["alert"]
+
+
+def test_a_log_that_is_not_signed_is_an_alert_with_and_without_a_first_signature() -> None:
+    by_name = {rule["alert"]: rule for rule in rules()}
+    number, signed, time = verifier.AUDIT_NUMBER.name, verifier.SIGNED_NUMBER.name, verifier.SIGNED_TIME.name
+    # Where there is no series, a comparison with it holds for nothing.
+    behind = f"{number} > {signed} and time() - {time} > 600"
+    assert " ".join(by_name["SevattestAuditUnsigned"]["expr"].split()) == behind
+    never = by_name["SevattestAuditNeverSigned"]
+    assert never["expr"] == f"{number} > 0 unless {signed}"
+    assert never["for"] == "10m"
+    assert 2 * AuditConfig().checkpoint_interval <= 600
 
 
 def test_the_page_has_every_alert_and_no_other() -> None:

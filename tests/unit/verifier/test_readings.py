@@ -72,6 +72,22 @@ async def test_the_audit_logs_head_is_shown_and_how_far_it_is_signed(tmp_path: P
         assert [page.of(name) for name in names] == [2, 1, d.clock.now().timestamp()]
 
 
+async def test_a_log_that_was_never_signed_has_a_number_and_no_signed_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def lost(_checkpoint: object) -> None:
+        raise Unavailable(Reason.STORE_UNAVAILABLE, "away")
+
+    async with desk(tmp_path) as d, readings(d) as (meter, checkpoints):
+        await d.begin()
+        monkeypatch.setattr(d.store, "keep_checkpoint", lost)
+        with pytest.raises(Unavailable):
+            await checkpoints.maybe()
+        page = await page_of(meter)
+        assert page.of("sevattest_audit_number") == 1  # what SevattestAuditNeverSigned asks for
+        assert not page.shows("sevattest_audit_signed_number")
+
+
 async def test_open_launches_are_shown_and_not_while_the_store_does_not_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
