@@ -12,6 +12,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from functools import lru_cache
 from itertools import islice
+from math import isfinite
 from pathlib import PurePath
 from typing import Any, Protocol, TextIO, cast
 from uuid import UUID
@@ -45,6 +46,7 @@ _MAX_ITEMS = 64
 _MAX_DEPTH = 6
 _MAX_FRAMES = 30
 _MAX_COUNT = 1_000_000
+_MAX_BITS = 14_000  # of a number; Python writes 4300 decimal digits and no more
 _NUMBERS = frozenset({bool, int, float})
 _ASCII = json.JSONEncoder(ensure_ascii=True, separators=(",", ":"))
 
@@ -128,9 +130,22 @@ def _encode(line: dict[str, Any]) -> str:
     """The line's text, of ASCII: what a terminal could take for a command or a direction is escaped."""
     with suppress(ValueError, OverflowError):  # half a surrogate pair, a number of more than 64 bits
         text = msgspec.json.encode(line).decode()
-        if text.isascii():
+        if text.isascii() and "\x7f" not in text:
             return text + "\n"
-    return _ASCII.encode(line) + "\n"
+    return _ASCII.encode(_writable(line)).replace("\x7f", r"\u007f") + "\n"
+
+
+def _writable(value: object) -> object:
+    """What was taken for printing, without the numbers that JSON or Python cannot write."""
+    if isinstance(value, dict):
+        return {name: _writable(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_writable(each) for each in value]
+    if isinstance(value, float) and not isfinite(value):
+        return None
+    if isinstance(value, int) and value.bit_length() > _MAX_BITS:
+        return f"[{value.bit_length()} bits]"
+    return value
 
 
 def _fields(fields: Mapping[Any, object], depth: int) -> dict[str, object]:
@@ -139,7 +154,7 @@ def _fields(fields: Mapping[Any, object], depth: int) -> dict[str, object]:
     for key, value in islice(fields.items(), _MAX_ITEMS):
         name, kind = str(key), type(value)
         if _is_secret(name):
-            printed[name] = value if _is_count(value) else _REDACTED
+            printed[name] = redact(value) if _is_count(value) else _REDACTED
         elif value is None or kind in _NUMBERS or (kind is str and len(cast("str", value)) <= _MAX_TEXT):
             printed[name] = value
         else:
@@ -163,8 +178,10 @@ def redact(value: object, depth: int = 0) -> object:
     """What of `value` may be printed: numbers, text, times, ids; containers of these; of all else only the type."""
     if isinstance(value, str):  # a StrEnum too
         return str(value) if len(value) <= _MAX_TEXT else f"{value[:_MAX_TEXT]}…"
-    if value is None or isinstance(value, (bool, int, float)):
+    if value is None or type(value) in _NUMBERS:
         return value
+    if isinstance(value, (int, float)):  # a kind of its own, that only this base can write
+        return int(value) if isinstance(value, int) else float(value)
     if depth < _MAX_DEPTH:
         if isinstance(value, (list, tuple, set, frozenset)):
             return [redact(item, depth + 1) for item in list(value)[:_MAX_ITEMS]]

@@ -10,6 +10,7 @@ import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from enum import IntEnum, IntFlag
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -205,6 +206,65 @@ def test_whatever_is_logged_is_one_line_of_ascii(lines: Lines, value: object) ->
     assert lines.one()["text"] == "ok"
     if not isinstance(value, float):
         assert lines.one()["value"] == value
+
+
+class Count(int):
+    pass
+
+
+class Share(float):
+    pass
+
+
+class Word(str):
+    __slots__ = ()
+
+
+class Colour(IntEnum):
+    RED = 1
+
+
+class Bits(IntFlag):
+    A = 1
+    B = 2
+
+
+# A value, and what a reader of the line gets.
+WRITTEN = (
+    *(("\x7f", "\x7f"), ("a\x7fé", "a\x7fé"), ("\\\x7f", "\\\x7f"), ({"\x7f": 1}, {"\x7f": 1}), ("\\u007f", "\\u007f")),
+    *((float(word), None) for word in ("nan", "inf", "-inf")),
+    *(
+        (["é", float("nan")], ["é", None]),
+        ({"é": {"x": float("inf")}}, {"é": {"x": None}}),
+        ([1 << 80, -0.5], [1 << 80, -0.5]),
+    ),
+    *((Count(5), 5), (Share(0.5), 0.5), (Share("nan"), None), (Word("x"), "x"), (Colour.RED, 1), (Bits.A | Bits.B, 3)),
+    *(
+        ([Count(5), (Share(0.5),)], [5, [0.5]]),
+        ({Word("k"): Count(1), "secrets": Count(2)}, {"k": 1, "secrets": 2}),
+        (True, True),
+        (None, None),
+    ),
+    *((1 << 20_000, "[20001 bits]"), (["é", -(1 << 20_000)], ["é", "[20001 bits]"])),
+)
+
+
+@pytest.mark.parametrize("beside", ["ok", "é"])  # each of the two ways to write a line
+@pytest.mark.parametrize(("value", "read"), WRITTEN, ids=range(len(WRITTEN)))
+def test_whatever_is_logged_is_json_that_a_terminal_takes_for_text(
+    lines: Lines, value: object, read: object, beside: str
+) -> None:
+    lines.log.info("event", value=value, beside=beside)
+    written = lines.stream.getvalue()
+    assert written.removesuffix("\n").isprintable()
+    assert written.isascii()
+
+    def refuse(constant: str) -> object:
+        raise ValueError(constant)
+
+    line = json.loads(written, parse_constant=refuse)
+    assert (line["value"], line["beside"]) == (read, beside)
+    assert type(line["value"]) is type(read)
 
 
 def test_a_value_that_contains_itself_is_printed_to_a_depth() -> None:
