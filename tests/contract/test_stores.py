@@ -463,3 +463,16 @@ async def test_a_cancelled_caller_leaves_the_transaction_whole(store: SqlStore) 
     request = await store.request(new.request.key)
     assert (row is None) == (request is None)
     assert await chain_verifies(store) == (0 if row is None else 1)
+
+
+async def test_a_release_is_confirmed_where_it_stands_and_nowhere_else(store: SqlStore) -> None:
+    new = opening()
+    end = release(new.launch.launch_id)
+    launch_id, audit_id = new.launch.launch_id, end.audit.audit_id
+    assert await store.confirm(launch_id, audit_id, 0) is Outcome.LOST
+    assert await store.open_launch(new) is Outcome.DONE
+    assert await store.confirm(launch_id, audit_id, 0) is Outcome.LOST
+    assert await store.move(end) is Outcome.DONE
+    assert await store.confirm(launch_id, audit_id, 0) is Outcome.DONE
+    assert await store.confirm(launch_id, new.audit.audit_id, 0) is Outcome.LOST
+    assert await store.confirm(launch_id, audit_id, 1) is Outcome.DOCUMENTS_CHANGED

@@ -295,7 +295,11 @@ def replace_terms(new: Opening, terms: bytes) -> Opening:
 async def test_a_standby_that_does_not_confirm_is_an_outage(own_postgres_server: Server) -> None:
     store = PostgresStore(own_postgres_server.dsn)
     await store.open()
-    await store.record(audit())
+    old = opening()
+    end = release(old.launch.launch_id)
+    assert (await store.open_launch(old), await store.move(end)) == (Outcome.DONE, Outcome.DONE)
+    released = (old.launch.launch_id, end.audit.audit_id)
+    assert await store.confirm(*released, 0) is Outcome.DONE
     own_postgres_server.stop()
     own_postgres_server.start("synchronous_standby_names=ghost")
     waiting = "FROM pg_stat_activity WHERE wait_event='SyncRep'"
@@ -310,7 +314,7 @@ async def test_a_standby_that_does_not_confirm_is_an_outage(own_postgres_server:
         await commit
     # It is to be seen, on this server alone: nobody is given an answer because of it.
     assert await store.launch(new.launch.launch_id) is not None
-    confirming = asyncio.create_task(store.confirm(0))
+    confirming = asyncio.create_task(store.confirm(*released, 0))
     await until(lambda: own_postgres_server.sql(f"SELECT count(*) {waiting}") == "1")
     assert not confirming.done()
     own_postgres_server.sql(f"SELECT pg_cancel_backend(pid) {waiting}")
@@ -320,7 +324,7 @@ async def test_a_standby_that_does_not_confirm_is_an_outage(own_postgres_server:
     own_postgres_server.start()
     # It was kept after all: whoever repeats finds out.
     assert await store.open_launch(new) is Outcome.REQUEST_TAKEN
-    assert await store.confirm(0) is Outcome.DONE
+    assert await store.confirm(*released, 0) is Outcome.DONE
     await store.close()
 
 

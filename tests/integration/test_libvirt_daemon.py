@@ -23,6 +23,7 @@ from host_agent.hypervisors.domain_xml import check_domain, launch_xml
 from host_agent.hypervisors.libvirt_calls import load
 from sevattest.v1 import host_agent_service_pb2 as pb
 from tests.support.agent_site import ES, PLAIN, Owner
+from tests.support.c_bit import c_bit_of_this_machine
 from tests.support.eventually import until
 from tests.support.kvm import needs_kvm
 from tests.support.libvirt_daemon import Daemon, libvirt_daemon
@@ -120,7 +121,9 @@ def said_of(site: LibvirtSite, text: str) -> str:
 
 def whole(site: LibvirtSite, text: str, policy: int = 0x3701000F) -> str:
     """The XML of one launch."""
-    options = MachineOptions(firmware=site.firmware, cbitpos=0, reduced_phys_bits=1, policy=policy)
+    options = MachineOptions(
+        firmware=site.firmware, cbitpos=c_bit_of_this_machine(), reduced_phys_bits=1, policy=policy
+    )
     return launch_xml(text, options, launch=uuid4(), godh=bytes(range(256)) * 8 + bytes(36), session=bytes(range(128)))
 
 

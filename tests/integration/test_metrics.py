@@ -128,7 +128,7 @@ async def test_a_verifiers_figures_add_up(folder: Path) -> None:
     # State.
     assert page.of("sevattest_audit_number") == page.of("sevattest_audit_signed_number") == sum(events.values())
     ready = {(each["callers"], each["cause"]): value for each, value in page.samples("sevattest_ready")}
-    causes = ("starting", "certificate", "store", "clock", "keys", "audit")
+    causes = ("starting", "certificate", "store", "clock", "keys", "audit", "documents")
     assert ready == {(callers, cause): 1 for callers in ("orchestrator", "owner") for cause in causes}
     ends = [line["certificate_ends"] for line in logged(log, "rpc.listening")]
     assert len(ends) == len(page.samples("sevattest_certificate_not_after_seconds")) == 2

@@ -14,9 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from host_agent.doctor.processor import look
-from host_agent.doctor.this_machine import ThisMachine
 from tests.support.agent_site import REPOSITORY, Site
+from tests.support.c_bit import c_bit_of_this_machine
 from tests.support.kvm import needs_kvm
 from tests.support.platform import Platform, give_chip
 from tests.support.real_qemu import EACH_QEMU, qemu, small_kernel
@@ -62,7 +61,7 @@ def test_a_real_qemu_with_other_words_fails(site: Site, platform: Platform, qemu
 def under(site: Site, *words: str) -> tuple[int, dict[str, str], str]:
     """The selftest with the driver of /dev/sev, under `platform run`."""
     site.use_dev_sev()
-    site.qemu["cbitpos"] = look(ThisMachine()).c_bit or 0
+    site.qemu["cbitpos"] = c_bit_of_this_machine()
     site.write_config()
     return run_selftest(run_words(site.platform, *AGENT, "selftest", "--config", str(site.config), *words))
 
@@ -83,7 +82,7 @@ def test_the_pages_lines_for_a_host_without_hardware_work_as_they_stand(qemu: st
     page = (REPOSITORY / "docs" / "selftest.md").read_text(encoding="utf-8")
     lines = page.partition("## Without hardware")[2].partition("```sh\n")[2].partition("```")[0]
     assert "cbitpos = 0," in lines
-    lines = lines.replace("cbitpos = 0,", f"cbitpos = {look(ThisMachine()).c_bit or 0},")
+    lines = lines.replace("cbitpos = 0,", f"cbitpos = {c_bit_of_this_machine()},")
     give_chip(tmp_path / "p", "milan")  # made once a run of the tests
     commands = tmp_path / "bin"
     commands.mkdir()

@@ -12,10 +12,9 @@ from typing import TypeVar
 import pytest
 
 from emulator.firmware_image import SECRET_AREA, build_image
-from host_agent.doctor import processor
-from host_agent.doctor.this_machine import ThisMachine
 from orchestrator.demo.processes import Service
 from tests.support.agent_site import REPOSITORY, Site
+from tests.support.c_bit import c_bit_of_this_machine
 from tests.support.fw_cfg import read_memory
 from tests.support.pki import Pki
 from tests.support.platform import Platform
@@ -72,7 +71,7 @@ class KvmSite(DevSevSite):
         self.firmware.write_bytes(_printing(build_image("one")))
         self.kernel.write_bytes(small_kernel())
         # QEMU holds it against the processor's own, where a stand-in would not.
-        self.qemu["cbitpos"] = processor.look(ThisMachine()).c_bit or 0
+        self.qemu["cbitpos"] = c_bit_of_this_machine()
         self.more_args = ["-qmp", f"unix:{self.look},server=on,wait=off", "-debugcon", f"file:{self.printed}"]
 
     def use(self, qemu: str) -> None:

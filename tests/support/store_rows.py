@@ -11,6 +11,7 @@ from verifier.store.rows import (
     AdminRequest,
     AuditRow,
     DocumentRow,
+    DocumentSet,
     LaunchRow,
     Move,
     Opening,
@@ -30,7 +31,15 @@ def _tag(words: bytes) -> bytes:
     return hmac.digest(b"d" * 32, words, "sha256")
 
 
-SEAL = DocumentSeal(_tag)
+class OneByOne(DocumentSeal):
+    """Revisions that a test can count."""
+
+    def next_revision(self, changed: DocumentSet) -> int:
+        """One more."""
+        return changed.revision + 1
+
+
+SEAL = OneByOne(_tag)
 KEY_ID, OTHER_KEY_ID = b"12345678", b"abcdefgh"
 
 

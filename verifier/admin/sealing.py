@@ -21,7 +21,7 @@ from common.errors import Reason, Refused, WrongState
 from common.telemetry.log import Log
 from verifier.launches.records import AuditEvent, Recorder
 from verifier.launches.timekeeper import Timekeeper
-from verifier.library.sealed import DocumentSeal, spelled
+from verifier.library.sealed import DocumentSeal, spelled, stands_twice
 from verifier.store.base import Store
 from verifier.store.rows import ChainedRecord, DocumentRow, DocumentSet, Outcome
 
@@ -72,6 +72,8 @@ class Review:
     @property
     def lines(self) -> Iterator[str]:
         """A line for each document that is there or should be: which, the SHA-256 of its text, what the log says."""
+        if stands_twice(self.documents):
+            yield "A DOCUMENT STANDS TWICE under one version, and only one of both is shown: the table was made anew"
         there = self.there
         for place in sorted(there.keys() | self.logged.keys()):
             found, logged = there.get(place), self.logged.get(place)
@@ -122,6 +124,11 @@ async def seal_reviewed(store: Store, seal: DocumentSeal, found: Review, digest:
             (DOCUMENT_CONFLICT); nothing was sealed.
         Unavailable: the store has no answer.
     """
+    if stands_twice(found.documents):
+        raise WrongState(
+            Reason.DOCUMENT_CONFLICT,
+            "--seal: a document stands in the store twice under one version: take the rows that are not yours away",
+        )
     differences = found.differences
     if len(differences) > _DIFFERENCES_MAX:
         raise WrongState(

@@ -178,7 +178,8 @@ class Releaser:
             await record(self._d, audit, row.caller)
             raise refusal_for(findings, audit.audit_id)
         # The release itself may not be confirmed yet: whoever asked first was told nothing then.
-        if await self._d.store.confirm(revision) is not Outcome.DONE:
+        assert row.audit_id is not None  # noqa: S101 -- a released launch has a record
+        if await self._d.store.confirm(row.launch_id, row.audit_id, revision) is not Outcome.DONE:
             return None
         return _released(view(row), row.packet)
 

@@ -19,6 +19,7 @@ from common.errors import Reason, Unavailable
 from verifier.store.rows import DocumentRow, DocumentSet
 from verifier.store.sql_rows import stamp
 
+_STEP_SIZE = 3  # bytes: 2^63 revisions are half a million million of such steps
 _WHAT_TO_DO = (
     "the applied documents are not as they were sealed: nothing is begun or released before the verifier's operator "
     "has looked (sev-verifier documents)"
@@ -36,6 +37,14 @@ class DocumentSeal:
         """What a set is sealed by."""
         return self._tag(spelled(made))
 
+    def next_revision(self, changed: DocumentSet) -> int:
+        """A larger one, by another step with each change.
+
+        A server that took over without the last changes gives none of their revisions to others then: who has seen
+        those knows that these are not what it knows.
+        """
+        return changed.revision + 1 + int.from_bytes(changed.change.hash[:_STEP_SIZE], "big")
+
     def require(self, found: DocumentSet) -> None:
         """Return if a set is as it was sealed.
 
@@ -47,12 +56,19 @@ class DocumentSeal:
 
     def problem(self, found: DocumentSet) -> str | None:
         """What is wrong with a set, for the owner; None for one that is as it was sealed."""
+        if stands_twice(found):
+            return "a document stands in it twice: the table was made anew"
         if found.tag is None:
             never = not found.rows and found.change == GENESIS
             return None if never else "they carry no seal: it was taken away, or they are from before there was one"
         if not hmac.compare_digest(found.tag, self.tag(found)):
             return "the seal is that of others: a document, the revision, the audit log or the seal was written to"
         return None
+
+
+def stands_twice(documents: DocumentSet) -> bool:
+    """Whether two rows are the same version of one document, which no table of ours takes."""
+    return len({(row.kind, row.name, row.version) for row in documents.rows}) < len(documents.rows)
 
 
 def not_sealed() -> Unavailable:

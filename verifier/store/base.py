@@ -301,16 +301,19 @@ class Store(Protocol):
         """Ids of the keys under which anything is sealed now."""
         ...
 
-    async def confirm(self, revision: int) -> Outcome:
-        """Have a commit of nothing: all that was read before is as durable as any commit is, and stays so.
+    async def confirm(self, launch_id: UUID, audit_id: UUID, revision: int) -> Outcome:
+        """See a release once more, in a transaction whose commit is as durable as the release's own should be.
 
-        What was read may be on this server's disk alone, where a standby did not confirm it: then this raises, too.
+        What was read of it may be on one server's disk alone, where a standby did not confirm it; or be from a server
+        whose place another one has taken.
 
         Args:
-            revision: the documents' at which it was read.
+            launch_id: the launch.
+            audit_id: of the release's record.
+            revision: the documents', by which it was judged.
 
         Returns:
-            `DONE`, or `DOCUMENTS_CHANGED` where they have another revision by now.
+            `DONE`; `LOST` where there is no such release; `DOCUMENTS_CHANGED`.
         """
         ...
 

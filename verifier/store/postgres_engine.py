@@ -36,6 +36,7 @@ import psycopg
 from psycopg.conninfo import conninfo_to_dict
 
 from common.errors import InvalidInput, OutcomeUnknown, Reason, Unavailable
+from verifier.store import postgres_link
 from verifier.store.engine import Row, T, Transaction, no_step, unavailable, unknown
 from verifier.store.postgres_link import Link, PostgresTransaction, Statement
 from verifier.store.together import Together, Write
@@ -196,7 +197,7 @@ class PostgresEngine:
 
         async def attempt(link: Link) -> None:
             await link.script(f"SET statement_timeout TO {_milliseconds(FLUSH_TIMEOUT_S)}")
-            await link.script("VACUUM (SKIP_LOCKED, TRUNCATE FALSE) launch, secret")
+            await link.script("VACUUM (SKIP_LOCKED, TRUNCATE FALSE) launch, secret", limit=2 * FLUSH_TIMEOUT_S)
 
         session = _Session(self._connected)
         try:
@@ -301,8 +302,12 @@ class PostgresEngine:
     async def _connected(self) -> Link:
         connection = await psycopg.AsyncConnection.connect(**self._parameters, autocommit=True)  # type: ignore[arg-type]  # libpq's names
         try:
-            await self._set_up(connection)
+            async with asyncio.timeout(postgres_link.ANSWER_S):
+                await self._set_up(connection)
             return Link(connection)
+        except TimeoutError:
+            connection.pgconn.finish()
+            raise psycopg.OperationalError("the server does not answer") from None
         except BaseException:
             await connection.close()
             raise
@@ -327,6 +332,8 @@ class PostgresEngine:
         # The commit's setting is pinned: a server that is reconfigured does not change it under this session.
         await connection.execute(
             f'SET search_path TO "{self._schema}"; SET synchronous_commit TO {commit}; '
+            # By a warning the server tells that it has given up waiting for a standby.
+            "SET client_min_messages TO warning; "
             f"SET statement_timeout TO {_milliseconds(STATEMENT_TIMEOUT_S)}; "
             f"SET lock_timeout TO {_milliseconds(LOCK_TIMEOUT_S)}; "
             f"SET idle_in_transaction_session_timeout TO {_milliseconds(SILENCE_S)}".encode()

@@ -141,8 +141,12 @@ class Link:
             self._break(error)
         await trip.back
 
-    async def script(self, sql: str) -> None:
+    async def script(self, sql: str, *, limit: float | None = None) -> None:
         """Carry several statements out, or one that cannot be prepared. Nothing else may be under way.
+
+        Args:
+            sql: the statements.
+            limit: seconds that they may take; None for as long as they take.
 
         Raises:
             psycopg.Error: one of them failed, or the link did.
@@ -150,7 +154,11 @@ class Link:
         self._loop.remove_reader(self._socket)
         self._pgconn.exit_pipeline_mode()
         try:
-            await self._connection.execute(sql.encode())
+            async with asyncio.timeout(limit):
+                await self._connection.execute(sql.encode())
+        except TimeoutError:
+            self.drop()
+            raise psycopg.OperationalError("the server does not answer") from None
         finally:
             if self._pgconn.status == ConnStatus.OK:
                 self._enter()

@@ -396,6 +396,10 @@ class DocumentSeal(Protocol):
         """What a set is sealed by, 32 bytes, whatever tag it has."""
         ...
 
+    def next_revision(self, changed: DocumentSet) -> int:
+        """The revision of a set that was changed, and still has the one of before."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class StoredSecret:

@@ -54,6 +54,14 @@ def the_head(transaction: Transaction) -> Awaitable[Row]:
     return transaction.one("SELECT number, hash, time FROM audit_head")
 
 
+def touch(transaction: Transaction) -> None:
+    """Have the transaction write, though nothing of it changes: its commit is as durable as any.
+
+    What it read, perhaps of a commit that no standby has yet, is so then, too.
+    """
+    transaction.tell("UPDATE audit_head SET number=number")
+
+
 async def append(transaction: Transaction, head: Awaitable[Row], audit: AuditRow) -> Head:
     """Write an audit record at the end of the chain, which becomes its head.
 

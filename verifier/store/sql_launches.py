@@ -22,7 +22,7 @@ from verifier.store.rows import (
     RequestRow,
     Spending,
 )
-from verifier.store.sql_common import Decided, OverEngine, append, the_head, the_revision
+from verifier.store.sql_common import Decided, OverEngine, append, the_head, the_revision, touch
 from verifier.store.sql_rows import (
     COLUMNS_OF_LAUNCH,
     LAUNCH_COLUMNS,
@@ -263,14 +263,20 @@ class Launches(OverEngine):
 
         return await self._decide("move", work)
 
-    async def confirm(self, revision: int) -> Outcome:
+    async def confirm(self, launch_id: UUID, audit_id: UUID, revision: int) -> Outcome:
         """See `Store`."""
 
         async def work(transaction: Transaction) -> None:
             now = the_revision(transaction)
+            found = transaction.row(
+                "SELECT 1 FROM launch WHERE launch_id=? AND state='released' AND audit_id=?",
+                *(str(launch_id), str(audit_id)),
+            )
             if (await now)[0] != revision:
                 raise Decided(Outcome.DOCUMENTS_CHANGED)
-            transaction.tell("UPDATE audit_head SET number=number")
+            if await found is None:
+                raise Decided(Outcome.LOST)
+            touch(transaction)
 
         return await self._decide("confirm", work)
 

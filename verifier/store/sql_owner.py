@@ -20,7 +20,7 @@ from verifier.store.rows import (
     SealedBlob,
     StoredSecret,
 )
-from verifier.store.sql_common import Decided, OverEngine, append, the_head
+from verifier.store.sql_common import Decided, OverEngine, append, the_head, touch
 from verifier.store.sql_rows import (
     DOCUMENT_COLUMNS,
     SECRET_COLUMNS,
@@ -66,10 +66,18 @@ class Documents(OverEngine):
 
     async def admin_request(self, key: RequestKey) -> AdminRequest | None:
         """See `Store`."""
-        row = await self._row(
-            "SELECT content, answer FROM admin_request WHERE caller=? AND method=? AND request_id=?", *key_cells(key)
-        )
-        return None if row is None else admin_request_of(key, row)
+
+        async def work(transaction: Transaction) -> AdminRequest | None:
+            row = await transaction.row(
+                "SELECT content, answer FROM admin_request WHERE caller=? AND method=? AND request_id=?",
+                *key_cells(key),
+            )
+            if row is None:
+                return None
+            touch(transaction)
+            return admin_request_of(key, row)
+
+        return await self._engine.write("answered", work)
 
     async def apply_document(
         self,
@@ -344,7 +352,7 @@ def _revise(transaction: Transaction, new: DocumentSet, seal: DocumentSeal) -> N
     `new` is what was found sealed and what this transaction did to it, not what it reads again: somebody without regard
     for the turn may have written meanwhile.
     """
-    new = replace(new, revision=new.revision + 1)
+    new = replace(new, revision=seal.next_revision(new))
     transaction.tell("UPDATE mark SET value=? WHERE name='revision'", new.revision)
     transaction.tell(
         "INSERT INTO document_seal (one, tag) VALUES (1, ?) ON CONFLICT (one) DO UPDATE SET tag=excluded.tag",

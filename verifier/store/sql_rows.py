@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
+from verifier.store.engine import unavailable
 from verifier.store.rows import (
     AdminRequest,
     AuditRow,
@@ -43,8 +44,15 @@ def stamp(time: datetime) -> int:
 
 
 def time_of(stored: int) -> datetime:
-    """A stored time."""
-    return _EPOCH + stored * _MICROSECOND
+    """A stored time.
+
+    Raises:
+        Unavailable: no calendar has it: it is not one that was written here (STORE_UNAVAILABLE).
+    """
+    try:
+        return _EPOCH + stored * _MICROSECOND
+    except OverflowError:
+        raise unavailable("the store holds a time that is none: somebody else wrote to it") from None
 
 
 def launch_of(row: tuple[Any, ...]) -> LaunchRow:

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sevattest.v1 import verifier_admin_service_pb2 as pb
 from tests.cli.transcripts import Said
 from tests.support.documents import grant, revocation
 from tests.support.local_admin import LocalAdmin, local_admin
@@ -112,14 +111,6 @@ def test_a_secret_whose_erasure_is_lost_on_its_way_is_counted_all_the_same(admin
     assert admin.run("secret", "delete", "disk").out == "secret disk: erased, with all its versions (3)\n"
     assert len(set(ids(admin, "DeleteSecret"))) == 1
     assert admin.run("secret", "delete", "disk").code == 2
-
-
-def test_a_verifier_that_does_not_count_is_not_said_to_have_erased_nothing(admin: LocalAdmin, tmp_path: Path) -> None:
-    value = tmp_path / "secret"
-    value.write_bytes(b"value")
-    admin.run("secret", "put", "disk", "--file", value)
-    admin.faults.spoil = {"DeleteSecret": lambda _: pb.DeleteSecretResponse()}
-    assert admin.run("secret", "delete", "disk").out == "secret disk: erased, with all its versions\n"
 
 
 def test_an_outcome_that_stays_unknown_ends_with_4_and_says_where_to_look(admin: LocalAdmin, file: Path) -> None:

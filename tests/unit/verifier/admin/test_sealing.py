@@ -126,6 +126,21 @@ async def test_what_is_sealed_is_what_was_shown_and_the_log_begins_anew_there(si
     assert (await site.apply(revocation("another"))).changed
 
 
+async def test_two_rows_of_one_version_are_never_sealed(site: OwnerSite) -> None:
+    await write(site, "CREATE TABLE other AS SELECT * FROM document")
+    await write(site, "DROP TABLE document")
+    await write(site, "ALTER TABLE other RENAME TO document")
+    await write(
+        site, "INSERT INTO document SELECT kind, name, version, ?, is_json, 0 FROM document", text(grant("mine"))
+    )
+    shown = await look(site)
+    assert "twice" in (shown.problem or "")
+    assert "TWICE" in next(iter(shown.lines))
+    with pytest.raises(WrongState) as caught:
+        await seal_as_shown(site, shown.digest)
+    assert "twice" in caught.value.message
+
+
 async def test_what_the_log_did_not_know_and_was_sealed_is_known_to_it_from_then_on(site: OwnerSite) -> None:
     await write(site, INSERT, "Grant", "kept", "1", text(grant("kept")))
     await seal_as_shown(site, (await look(site)).digest)

@@ -414,7 +414,7 @@ async def test_a_repeat_is_answered_only_once_the_release_is_confirmed(
         request_id = uuid4()
         first = await d.release(begun.launch.launch_id, blob, request_id=request_id)
 
-        async def nobody(_revision: int) -> Outcome:
+        async def nobody(*_what: object) -> Outcome:
             raise OutcomeUnknown(Reason.OUTCOME_UNKNOWN, "the standby is away")
 
         monkeypatch.setattr(d.store, "confirm", nobody)
@@ -433,10 +433,10 @@ async def test_what_is_taken_back_while_a_repeat_is_confirmed_counts(
         await d.release(begun.launch.launch_id, blob, request_id=request_id)
         confirm = d.store.confirm
 
-        async def late(revision: int) -> Outcome:
+        async def late(launch_id: UUID, audit_id: UUID, revision: int) -> Outcome:
             monkeypatch.undo()
             await d.apply(revocation("incident", workloads=[{"name": "web", "versions": "any"}]))
-            return await confirm(revision)
+            return await confirm(launch_id, audit_id, revision)
 
         monkeypatch.setattr(d.store, "confirm", late)
         again = await refused(d.release(begun.launch.launch_id, blob, request_id=request_id))

@@ -22,7 +22,7 @@ from tests.support.recording_log import RecordingLog
 from tests.support.store_rows import SEAL, document
 from verifier.admin.filed import Kind
 from verifier.library.library import Library
-from verifier.library.sealed import spelled, step_back
+from verifier.library.sealed import DocumentSeal, spelled, step_back
 from verifier.store.rows import DocumentSet
 from verifier.store.sql_rows import stamp
 
@@ -47,6 +47,15 @@ class Rows:
     async def documents(self) -> DocumentSet:
         self.reads += 1
         return self.found
+
+
+def test_no_two_changes_lead_from_one_revision_to_the_same_next() -> None:
+    seal = DocumentSeal(bytes)
+    following = {
+        seal.next_revision(replace(SET, change=Head(number=9, hash=hash_))) for hash_ in (b"a" * 32, b"b" * 32)
+    }
+    assert len(following) == 2
+    assert min(following) > SET.revision
 
 
 # The spelling.
