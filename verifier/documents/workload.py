@@ -5,7 +5,6 @@ Values only: `verifier.documents.reader` makes them from a document's text, and 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,7 +18,22 @@ from common.sev.digest.vmsa import Flavour
 from common.sev.measurement import FirmwareVersion
 from common.sev.policy import GuestPolicy
 from common.sev.secret import SecretEntry, build_table
+from common.versions import version_order
 from verifier.documents.sources import Source
+
+__all__ = [
+    "ATTESTED_GUID",
+    "ATTESTED_SIZE",
+    "DIGESTS_MAX",
+    "SECRET_AREA_DEFAULT",
+    "Artefacts",
+    "ListedDigest",
+    "Ownership",
+    "SecretSpec",
+    "Workload",
+    "among",
+    "version_order",
+]
 
 DIGESTS_MAX = 512  # decisions.md 5: the list that is frozen for each launch
 SECRET_AREA_DEFAULT = 0xC00  # what OvmfPkg/AmdSev reserves; listed digests say nothing of the firmware's own
@@ -157,17 +171,6 @@ class Workload:
         """
         capped = (min(size, PACKET_MAX_SIZE) for size in sizes)
         return len(build_table([s.entry(bytes(n)) for s, n in zip(self.secrets, capped, strict=True)]))
-
-
-def version_order(version: str) -> tuple[tuple[int, int, str], ...]:
-    """Sorts versions naturally: numbers as numbers (`1.9` before `1.10`), and what is longer is newer.
-
-    Any text has a place, as it may come from a request: numbers of any length, digits of other scripts as letters.
-    """
-    parts = re.findall(r"([0-9]+)|([^0-9]+)", version)
-    return tuple(
-        (1, len(number.lstrip("0")), number.lstrip("0")) if number else (0, 0, words) for number, words in parts
-    )
 
 
 def among(version: str, versions: Iterable[str]) -> bool:

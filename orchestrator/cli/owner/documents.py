@@ -6,11 +6,13 @@ import argparse
 import difflib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from common.command import complain
 from common.errors import NotFound, Reason, SevattestError, WrongState
+from common.versions import version_order
 from orchestrator.cli.owner.connection import connected
 from orchestrator.cli.owner.files import about, read_document
 from orchestrator.cli.owner.text import as_json, as_yaml, clean, table, when
@@ -55,7 +57,8 @@ def run_apply(args: argparse.Namespace) -> int:
         try:
             # All before the first: a mistake in the last file leaves the others unapplied.
             if args.dry_run or len(texts) > 1:
-                checked = [await _checked(admin, name, text) for name, text in texts.items()]
+                looked_at = {name: await _checked(admin, name, text) for name, text in texts.items()}
+                checked = _one_after_another(looked_at)
             if args.dry_run:
                 applied = checked
             else:
@@ -81,6 +84,30 @@ async def _checked(admin: VerifierAdmin, name: str, text: str) -> Applied:
     if checked.conflict is not None:
         raise about(name, WrongState(Reason.DOCUMENT_CONFLICT, checked.conflict))
     return checked
+
+
+def _one_after_another(checked: Mapping[str, Applied]) -> list[Applied]:
+    """What files become that were looked at alone, each after those before it.
+
+    Raises:
+        WrongState: two of them are one version in two texts (DOCUMENT_CONFLICT).
+    """
+    earlier: dict[str, Document] = {}
+    applied = []
+    for name, each in checked.items():
+        document = each.document
+        for other, before in earlier.items():
+            if (before.kind, before.name) != (document.kind, document.name):
+                continue
+            if version_order(before.version) == version_order(document.version) and before.sha256 != document.sha256:
+                what = f"{document.kind} {document.name} {before.version} is in {other} with another text"
+                raise about(name, WrongState(Reason.DOCUMENT_CONFLICT, what))
+            if version_order(before.version) > version_order(document.newer_version or document.version):
+                warnings = (f"metadata.version: {before.version} is newer and stays in force",)
+                document = replace(document, newer_version=before.version, warnings=warnings)
+        earlier[name] = document
+        applied.append(replace(each, document=document))
+    return applied
 
 
 async def _applied(admin: VerifierAdmin, name: str, text: str, *, as_lines: bool) -> Applied:

@@ -211,3 +211,48 @@ def test_several_documents_as_yaml_are_several_documents(admin: LocalAdmin, tmp_
 def test_nobody_is_asked_for_more_than_a_command_needs(admin: LocalAdmin, words: list[str]) -> None:
     assert admin.run(*words).code == 0
     assert all(not called.startswith(("Apply", "Delete", "Put")) for called, _ in admin.faults.requests)
+
+
+def _grants(tmp_path: Path, *spelled: tuple[str, str, bool]) -> list[Path]:
+    files = []
+    for name, version, suspended in spelled:
+        files.append(tmp_path / name)
+        files[-1].write_bytes(text(grant("fleet", version, suspended=suspended)))
+    return files
+
+
+@pytest.mark.parametrize("versions", [("1", "1"), ("1.0", "1.00")])
+@pytest.mark.parametrize("dry", [["--dry-run"], []])
+def test_two_texts_of_one_version_in_one_set_are_refused_before_the_first_is_applied(
+    admin: LocalAdmin, tmp_path: Path, dry: list[str], versions: tuple[str, str]
+) -> None:
+    first, second = _grants(tmp_path, ("first.json", versions[0], False), ("second.json", versions[1], True))
+    said = admin.run("apply", *dry, "-f", first, second)
+    assert (said.out, said.code) == ("", 1)
+    assert said.err.startswith(f"sevattest: {second}: grant fleet {versions[0]} is in {first} with another text")
+    assert admin.run("get", "grants", "--json").out.strip() == "[]"
+    # The same text twice is one document, and other names have versions of their own.
+    second.write_bytes(first.read_bytes())
+    (tmp_path / "other.json").write_bytes(text(grant("other", versions[0], suspended=True)))
+    assert admin.run("apply", *dry, "-f", first, second, tmp_path / "other.json").code == 0
+
+
+@pytest.mark.parametrize(
+    ("order", "lines", "code"),
+    [
+        (("10", "9"), ["10: {}applied", "9: {}kept, NOT in force: 10 is"], 1),
+        (("9", "10"), ["9: {}applied", "10: {}applied"], 0),
+        (("9", "11", "10"), ["9: {}applied", "11: {}applied", "10: {}kept, NOT in force: 11 is"], 1),
+        (("11", "10", "9"), ["11: {}applied", *(f"{each}: {{}}kept, NOT in force: 11 is" for each in (10, 9))], 1),
+    ],
+)
+def test_a_dry_run_of_several_files_says_what_applying_them_does(
+    admin: LocalAdmin, tmp_path: Path, order: tuple[str, ...], lines: list[str], code: int
+) -> None:
+    files = _grants(tmp_path, *((f"{version}.json", version, version == "9") for version in order))
+    dry = admin.run("apply", "--dry-run", "-f", *files)
+    applied = admin.run("apply", "-f", *files)
+    for said, would in ((dry, "would be "), (applied, "")):
+        assert said.out.splitlines() == [f"grant fleet {line.format(would)}" for line in lines]
+    assert (dry.code, dry.err) == (applied.code, applied.err)
+    assert dry.code == code
