@@ -127,7 +127,7 @@ async def test_documents_that_cannot_be_used_are_counted_by_their_kind(tmp_path:
         (d.documents / "kernel").unlink()
         await d.library.load()
         page = await page_of(meter)
-        assert page.of("sevattest_documents_revision") == 2
+        assert page.of("sevattest_documents_revision") == await d.store.revision() > 0
         unusable = {kind: page.of("sevattest_documents_unusable", kind=kind) for kind in page.values("kind")}
         assert unusable == {"Workload": 2, "Grant": 1, "Platform": 0, "Revocation": 1}
 
