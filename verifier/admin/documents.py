@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from common.errors import NotFound, Reason, SevattestError, Unavailable, WrongState
+from common.versions import version_order
 from verifier.admin.filed import Filed, Kind, filed, read_text
 from verifier.admin.paging import Listing, Page, PageRequest, fitting
 from verifier.admin.requests import AdminMethod, Asked, Draft, Journal, KeptRequests
 from verifier.documents.text import spelled_as_json
-from verifier.documents.workload import version_order
 from verifier.launches.records import AuditEvent
 from verifier.library.documents import Entry
 from verifier.library.validate import DocumentLibrary, check_document

@@ -9,9 +9,10 @@ from enum import StrEnum
 from pathlib import Path
 
 from common.errors import Reason, WrongState
+from common.versions import version_order
 from verifier.documents.platform import KnownPlatform
 from verifier.documents.text import spelled_as_json
-from verifier.documents.workload import Workload, version_order
+from verifier.documents.workload import Workload
 from verifier.library.applied import read_applied
 from verifier.library.documents import Documents, Entry, supposed
 from verifier.library.warnings import superseded_by, warnings_for

@@ -21,20 +21,6 @@ from common.sev.secret import SecretEntry, build_table
 from common.versions import version_order
 from verifier.documents.sources import Source
 
-__all__ = [
-    "ATTESTED_GUID",
-    "ATTESTED_SIZE",
-    "DIGESTS_MAX",
-    "SECRET_AREA_DEFAULT",
-    "Artefacts",
-    "ListedDigest",
-    "Ownership",
-    "SecretSpec",
-    "Workload",
-    "among",
-    "version_order",
-]
-
 DIGESTS_MAX = 512  # decisions.md 5: the list that is frozen for each launch
 SECRET_AREA_DEFAULT = 0xC00  # what OvmfPkg/AmdSev reserves; listed digests say nothing of the firmware's own
 

@@ -17,12 +17,13 @@ from functools import cached_property
 from types import MappingProxyType
 
 from common.errors import InvalidInput, Reason
+from common.versions import version_order
 from verifier.appraisal.revoked import Revocations, join
 from verifier.documents.grant import Grant
 from verifier.documents.platform import KnownPlatform
 from verifier.documents.reader import Document, kind_of, written_out
 from verifier.documents.revocation import Revocation
-from verifier.documents.workload import Workload, version_order
+from verifier.documents.workload import Workload
 
 _STOPPING = ("Platform", "Revocation")
 _TWICE = "is both in the folder and applied: take one away"

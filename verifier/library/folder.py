@@ -6,10 +6,10 @@ import os
 import stat
 from pathlib import Path
 
+from common.versions import version_order
 from verifier.documents.platform import KnownPlatform
 from verifier.documents.reader import kind_of, read_document
 from verifier.documents.text import TEXT_MAX, InvalidDocument
-from verifier.documents.workload import version_order
 from verifier.library.documents import Entry
 
 SUFFIXES = (".yaml", ".yml", ".json")

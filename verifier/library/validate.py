@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Protocol
 
 from common.errors import InvalidInput, Reason, WrongState
+from common.versions import version_order
 from verifier.documents.platform import KnownPlatform
 from verifier.documents.sources import FileSource, StoredSource
 from verifier.documents.text import InvalidDocument
-from verifier.documents.workload import Workload, version_order
+from verifier.documents.workload import Workload
 from verifier.library.applied import read_applied
 from verifier.library.artefacts import stamp
 from verifier.library.documents import Documents, Entry, supposed

@@ -14,6 +14,7 @@ import yaml
 from common.sev.abi import PolicyBit
 from common.sev.digest.vmsa import Flavour
 from common.sev.measurement import FirmwareVersion
+from common.versions import version_order
 from tests.support.documents import CHIP, SECRET_GUID
 from tests.support.documents import read as read_any
 from tests.support.documents import workload as document
@@ -27,7 +28,6 @@ from verifier.documents.workload import (
     SECRET_AREA_DEFAULT,
     Workload,
     among,
-    version_order,
 )
 
 ANY = {"generations": ["milan"], "chips": "any"}
