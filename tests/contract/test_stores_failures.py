@@ -20,7 +20,7 @@ from tests.support.eventually import until
 from tests.support.postgres import Server
 from tests.support.private_disk import private_disk
 from tests.support.small_disk import SIZE
-from tests.support.store_rows import audit, opening, release
+from tests.support.store_rows import SEAL, admin_request, audit, document, opening, release
 from tests.support.stores import Place, count_open, count_released, go
 from verifier.store import postgres_engine, postgres_link
 from verifier.store.engine import Transaction
@@ -292,18 +292,21 @@ def replace_terms(new: Opening, terms: bytes) -> Opening:
     return replace(new, terms=terms, launch=replace(new.launch, terms_id=b"x" * 32))
 
 
-async def test_a_standby_that_does_not_confirm_is_an_outage(own_postgres_server: Server) -> None:
-    store = PostgresStore(own_postgres_server.dsn)
+@pytest.mark.parametrize("options", ["", " options='-c client_min_messages=error'"], ids=["told", "kept quiet"])
+async def test_a_standby_that_does_not_confirm_is_an_outage(own_postgres_server: Server, options: str) -> None:
+    store = PostgresStore(own_postgres_server.dsn + options)
     await store.open()
     old = opening()
     end = release(old.launch.launch_id)
     assert (await store.open_launch(old), await store.move(end)) == (Outcome.DONE, Outcome.DONE)
     released = (old.launch.launch_id, end.audit.audit_id)
-    assert await store.confirm(*released, 0) is Outcome.DONE
+    applied = admin_request()
+    assert await store.apply_document(document(), applied, audit("document.applied"), SEAL) is Outcome.DONE
+    assert await store.confirm(*released, 1) is Outcome.DONE
     own_postgres_server.stop()
     own_postgres_server.start("synchronous_standby_names=ghost")
     waiting = "FROM pg_stat_activity WHERE wait_event='SyncRep'"
-    new = opening()
+    new = opening(revision=1)
     commit = asyncio.create_task(store.open_launch(new))
     await until(lambda: own_postgres_server.sql(f"SELECT count(*) {waiting}") == "1")
     # Nobody is told of a commit before the standby has it ...
@@ -314,17 +317,19 @@ async def test_a_standby_that_does_not_confirm_is_an_outage(own_postgres_server:
         await commit
     # It is to be seen, on this server alone: nobody is given an answer because of it.
     assert await store.launch(new.launch.launch_id) is not None
-    confirming = asyncio.create_task(store.confirm(*released, 0))
-    await until(lambda: own_postgres_server.sql(f"SELECT count(*) {waiting}") == "1")
-    assert not confirming.done()
-    own_postgres_server.sql(f"SELECT pg_cancel_backend(pid) {waiting}")
-    with pytest.raises(OutcomeUnknown):
-        await confirming
+    for answer in (store.confirm(*released, 1), store.admin_request(applied.key)):
+        confirming = asyncio.ensure_future(answer)
+        await until(lambda: own_postgres_server.sql(f"SELECT count(*) {waiting}") == "1")
+        assert not confirming.done()
+        own_postgres_server.sql(f"SELECT pg_cancel_backend(pid) {waiting}")
+        with pytest.raises(OutcomeUnknown):
+            await confirming
     own_postgres_server.stop()
     own_postgres_server.start()
     # It was kept after all: whoever repeats finds out.
     assert await store.open_launch(new) is Outcome.REQUEST_TAKEN
-    assert await store.confirm(*released, 0) is Outcome.DONE
+    assert await store.confirm(*released, 1) is Outcome.DONE
+    assert await store.admin_request(applied.key) == applied
     await store.close()
 
 

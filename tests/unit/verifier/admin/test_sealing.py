@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from common.errors import Reason, WrongState
+from common.errors import Reason, Unavailable, WrongState
 from tests.support.documents import grant, revocation
 from tests.support.documents import workload as workload_document
 from tests.support.owner_site import OwnerSite, asked, owner_site, text
@@ -124,6 +124,13 @@ async def test_what_is_sealed_is_what_was_shown_and_the_log_begins_anew_there(si
     assert body["documents"] == [{"kind": "Revocation", "name": "incident", "version": "1", "sha256": None}]
     await site.desk.library.look()
     assert (await site.apply(revocation("another"))).changed
+
+
+async def test_a_time_that_no_calendar_has_is_an_outage_and_no_defect(site: OwnerSite) -> None:
+    await write(site, "UPDATE document SET apply_time=9000000000000000000")
+    with pytest.raises(Unavailable) as caught:
+        await site.desk.library.look()
+    assert caught.value.reason is Reason.STORE_UNAVAILABLE
 
 
 async def test_two_rows_of_one_version_are_never_sealed(site: OwnerSite) -> None:
