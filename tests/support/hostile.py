@@ -6,6 +6,7 @@ said no for the same reason and that no guest is left that was given anything.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import shutil
 import tempfile
@@ -64,6 +65,9 @@ def hostile_stack() -> Iterator[Stack]:
         shutil.rmtree(root, ignore_errors=True)
 
 
+_BUSY = 100  # tries
+
+
 def honest(value: Any) -> Any:
     """The truth."""
     return value
@@ -104,7 +108,14 @@ class LyingHost:
 async def launched(both: Sides, asked: Order | None = None, **lies: Any) -> Outcome:
     """An honest launch but for these lies, to its end."""
     host: Any = LyingHost(both, Lies(**lies))
-    return await Launch(host=host, owner=both.owner, order=asked or order(GUEST), patience=PATIENCE).run()
+    for left in reversed(range(_BUSY)):
+        outcome = await Launch(host=host, owner=both.owner, order=asked or order(GUEST), patience=PATIENCE).run()
+        # The agent may not have noticed yet that the machine of the test before was ended.
+        busy = outcome.error is not None and outcome.error.reason is Reason.GUEST_BUSY
+        if not busy or asked is not None or not left:
+            break
+        await asyncio.sleep(0.1)
+    return outcome
 
 
 def owners_log(both: Sides, launch_id: UUID) -> list[tuple[str, str | None]]:
