@@ -8,7 +8,9 @@ nothing), a bound on lines, a check of who listens, and the difference between "
 A connection lives for one step and is never used again after anything went wrong with it. Facts about QEMU's behaviour
 come from runs of QEMU 7.2 and 10.0; when QEMU exits, its client may see ECONNRESET where it expects the end of file.
 While a client is still leaving, the next one may be sent away, or greeted and then not heard (about one in five hundred
-that follow at once). Nothing of ours was said by then, so whoever comes begins again.
+that follow at once). Nothing of ours was said by then, so whoever comes begins again. A client that comes while QEMU
+10.0 is starting and leaves before it was greeted kills it (SIGSEGV, or an assertion in char-socket.c; 5 of 24,000
+starts): the monitor is on its way from one thread to another. So nobody of ours leaves before the greeting.
 
 Time limits are `asyncio.timeout`: `asyncio.wait_for` of Python 3.11 drops a cancellation that comes with a result.
 """
@@ -49,6 +51,7 @@ IRREVERSIBLE = frozenset({"sev-inject-launch-secret", "cont"})
 
 _LINE_MAX = 1 << 20  # bytes; the longest answer to a command of ours is some 500
 _DISCONNECT = 5.0  # seconds for the library to let go of a closed socket
+_GREETS = 1.0  # seconds that a monitor has to greet whom it serves
 _RETRY = 0.02  # seconds between attempts on a socket with a full backlog, or whose monitor sent us away
 _ATTEMPTS_MAX = 5  # to be greeted; each may take twice as long as the last, and the last one all that is left
 _FIRST_ATTEMPT = 1.0  # seconds
@@ -191,8 +194,16 @@ async def listening_pid(folder: Path, name: str, *, limit: float) -> int:
         Unavailable: nobody does, or another user.
     """
     connection, pid = await _reached(folder, name, limit, None)
-    connection.close()
+    with connection:
+        await _linger(connection, min(limit, _GREETS))
     return pid
+
+
+async def _linger(connection: socket.socket, limit: float) -> None:
+    """Whether it greets says nothing; who leaves before it does may kill it."""
+    with suppress(OSError, TimeoutError):
+        async with asyncio.timeout(limit):
+            await asyncio.get_running_loop().sock_recv(connection, 1)
 
 
 async def _reached(folder: Path, name: str, limit: float, listener: int | None) -> tuple[socket.socket, int]:

@@ -20,7 +20,7 @@ import pytest
 from common.errors import OutcomeUnknown, PlatformFailed, Reason, Refused, SevattestError, Unavailable
 from common.rpc.steps import drain
 from host_agent.hypervisors import qmp
-from host_agent.hypervisors.qmp import COMMANDS, IRREVERSIBLE, MonitorSession, monitor
+from host_agent.hypervisors.qmp import COMMANDS, IRREVERSIBLE, MonitorSession, listening_pid, monitor
 from tests.support import fake_qemu
 from tests.support.agent import Script, open_descriptors
 from tests.support.eventually import until
@@ -265,6 +265,28 @@ async def test_one_that_is_always_lost_is_told_so_and_has_said_nothing() -> None
                 async with monitor(folder, "q", limit=SHORT):
                     pass
         assert heard == []
+
+
+@pytest.mark.parametrize("greeting", [b"{", b""], ids=["greets", "says nothing"])
+async def test_who_only_asks_who_listens_does_not_leave_before_the_greeting(
+    greeting: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qmp, "_GREETS", SHORT if not greeting else LONG)
+    left: list[bool] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(SHORT / 2):  # a QEMU that is still starting
+                left.append(not await reader.read(1))
+        writer.write(greeting)
+        left.append(not await reader.read(1))
+        writer.close()
+
+    with short_folder() as folder:
+        async with await asyncio.start_unix_server(serve, folder / "q"):
+            assert await listening_pid(folder, "q", limit=LONG) == os.getpid()
+            await until(lambda: bool(left))
+    assert left == [True]  # and not before the greeting
 
 
 @asynccontextmanager
