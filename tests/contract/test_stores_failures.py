@@ -18,11 +18,12 @@ from common.errors import OutcomeUnknown, Reason, Unavailable
 from tests.contract.test_stores import chain_verifies
 from tests.support.eventually import until
 from tests.support.postgres import Server
+from tests.support.postgres_relay import hasten
 from tests.support.private_disk import private_disk
 from tests.support.small_disk import SIZE
 from tests.support.store_rows import SEAL, admin_request, audit, document, opening, release
 from tests.support.stores import Place, count_open, count_released, go
-from verifier.store import postgres_engine, postgres_link
+from verifier.store import postgres_engine
 from verifier.store.engine import Transaction
 from verifier.store.postgres import PostgresStore
 from verifier.store.postgres_engine import PostgresEngine
@@ -336,15 +337,18 @@ async def test_a_standby_that_does_not_confirm_is_an_outage(own_postgres_server:
 async def test_a_standby_that_stays_away_is_waited_for_so_long_and_no_longer(
     own_postgres_server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(postgres_link, "ANSWER_S", 0.5)
     monkeypatch.setattr(postgres_engine, "LOCK_TIMEOUT_S", 0.2)
     store = PostgresStore(own_postgres_server.dsn)
     await store.open()
     own_postgres_server.stop()
     own_postgres_server.start("synchronous_standby_names=ghost")
-    new = opening()
-    with pytest.raises(OutcomeUnknown, match="does not answer"):
-        await store.open_launch(new)
+    commit = asyncio.create_task(store.open_launch(opening()))
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event='SyncRep'"
+    await until(lambda: own_postgres_server.sql(waiting) == "1")
+    with pytest.MonkeyPatch.context() as patience:
+        hasten(patience, store)
+        with pytest.raises(OutcomeUnknown, match="does not answer"):
+            await commit
     # The session that waits keeps the turn; reading goes on.
     with pytest.raises(Unavailable, match="lock timeout"):
         await store.open_launch(opening())

@@ -6,6 +6,7 @@ import asyncio
 import sqlite3
 from pathlib import Path
 
+import psycopg
 import pytest
 
 from common.errors import Unavailable
@@ -14,6 +15,7 @@ from tests.support.store_rows import opening
 from tests.support.stores import Place
 from verifier.store.migrations import Step, migrations, step
 from verifier.store.postgres import PostgresStore
+from verifier.store.postgres_engine import PostgresEngine
 from verifier.store.rows import Outcome
 from verifier.store.sqlite_file import FILE_NAME
 
@@ -111,6 +113,55 @@ async def test_a_step_that_fails_leaves_the_schema_as_it_was(place: Place, reque
 @pytest.mark.parametrize("place", ["postgres"], indirect=True)
 async def test_replicas_that_start_at_once_apply_each_step_once(place: Place, request: pytest.FixtureRequest) -> None:
     await asyncio.gather(*(opened(place, ADDITIVE) for _ in range(6)))
+    assert applied(place, request) == [*NOW, "0003_more"]
+
+
+# What PostgreSQL's other sessions keep.
+
+
+@pytest.fixture
+def impatient(place: Place, monkeypatch: pytest.MonkeyPatch) -> PostgresEngine:
+    """The engine of a place whose sessions wait only shortly for a lock; nobody else's."""
+    monkeypatch.setattr("verifier.store.postgres_engine.LOCK_TIMEOUT_S", 0.1)
+    engine = place.store()._engine
+    assert isinstance(engine, PostgresEngine)
+    return engine
+
+
+KEPT = "the store cannot be written: .*lock timeout: another session keeps what it waits for"
+
+
+@pytest.mark.parametrize("place", ["postgres"], indirect=True)
+@pytest.mark.parametrize("made", [False, True], ids=["the first start", "a later one"])
+async def test_a_start_waits_for_the_turn_for_so_long_and_no_longer(
+    place: Place, impatient: PostgresEngine, request: pytest.FixtureRequest, *, made: bool
+) -> None:
+    """Another replica may be at a long step: whoever starts meanwhile says why it does not, and is started again."""
+    if made:
+        await opened(place)
+    with psycopg.connect(place.where) as replica:
+        replica.execute("SELECT pg_advisory_xact_lock(%s)", [impatient._turn])
+        with pytest.raises(Unavailable, match=KEPT):
+            await opened(place, ADDITIVE)
+    await opened(place, ADDITIVE)
+    assert applied(place, request) == [*NOW, "0003_more"]
+
+
+@pytest.mark.parametrize("place", ["postgres"], indirect=True)
+@pytest.mark.usefixtures("impatient")
+async def test_a_step_waits_for_a_table_for_so_long_and_no_longer(place: Place, request: pytest.FixtureRequest) -> None:
+    await opened(place)
+    with psycopg.connect(place.where) as dump:
+        dump.execute(f'SELECT count(*) FROM "{place.schema}".launch'.encode())  # noqa: S608 -- the test's
+        with pytest.raises(Unavailable, match=KEPT):
+            await opened(place, ADDITIVE)
+        assert applied(place, request) == NOW
+        # The turn was given back: replicas that serve go on.
+        store = place.store()
+        await store.open()
+        assert await store.open_launch(opening()) is Outcome.DONE
+        await store.close()
+    await opened(place, ADDITIVE)
     assert applied(place, request) == [*NOW, "0003_more"]
 
 

@@ -30,11 +30,12 @@ from common.telemetry.log import configure
 from sevattest.v1 import verifier_service_pb2
 from tests.integration.test_verifier_service import begin, measured, release
 from tests.support.postgres import Server, start_server
+from tests.support.postgres_relay import hasten, relay_to
 from tests.support.private_disk import PrivateDisk, private_disk
 from tests.support.rpc import SettableClock
 from tests.support.softhsm import MISSING, SoftToken, make_token, softhsm_module
 from tests.support.verifier_process import NotServing, ServingVerifier, VerifierSite
-from verifier.app import App, Surroundings
+from verifier.app import App, Surroundings, real_surroundings
 
 pytestmark = pytest.mark.slow
 
@@ -221,6 +222,28 @@ async def test_a_database_that_becomes_read_only_loses_nothing(
             await story.refuses(Reason.STORE_UNAVAILABLE, "the store cannot")
             read_only("off")
             await story.goes_on()
+
+
+async def test_a_database_that_takes_sessions_and_answers_nothing_loses_nothing(
+    folder: Path, server: Server, database: str
+) -> None:
+    socket = folder / "pg"
+    socket.mkdir()
+    site = VerifierSite.make(folder, extra=LIMITS, dsn=database.replace(str(server.folder), str(socket)))
+    async with relay_to(server.folder, socket) as relay:
+        app = App(site.config, configure("sev-verifier"), real_surroundings())
+        try:
+            async with told(site, (await app.start()).launches) as story:
+                with pytest.MonkeyPatch.context() as patience:
+                    relay.on_still = lambda: hasten(patience, app._store)
+                    relay.stand_still()
+                    await story.is_ready(wanted=False)
+                    await story.refuses(Reason.STORE_UNAVAILABLE, "the server does not answer")
+                    assert relay.cancels == 0
+                relay.still = False
+                await story.goes_on()
+        finally:
+            await app.stop()
 
 
 # The clock.

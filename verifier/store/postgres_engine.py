@@ -38,7 +38,7 @@ from psycopg.conninfo import conninfo_to_dict
 from common.errors import InvalidInput, OutcomeUnknown, Reason, Unavailable
 from verifier.store import postgres_link
 from verifier.store.engine import Row, T, Transaction, no_step, unavailable, unknown
-from verifier.store.postgres_link import Link, PostgresTransaction, Statement
+from verifier.store.postgres_link import Link, PostgresTransaction, Statement, answered_within
 from verifier.store.together import Together, Write
 
 CONNECT_TIMEOUT_S = 5
@@ -66,8 +66,9 @@ _SCHEMA = re.compile(r"[a-z_][a-z0-9_]{0,62}")
 _QUOTED = re.compile(r"\"[^\"]*\"|'[^']*'")
 # Serialization failure, deadlock, a statement that is not prepared because the trip that prepared it failed.
 _AGAIN = frozenset({"40001", "40P01", "26000"})
+_LOCKED = "55P03"
 # Of a lock, of a statement: what all have waited for, each of them would wait for again.
-_TIMEOUTS = frozenset({"55P03", "57014"})
+_TIMEOUTS = frozenset({_LOCKED, "57014"})
 _WARNING = "01000"  # in a commit: "canceling wait for synchronous replication"
 
 
@@ -196,7 +197,8 @@ class PostgresEngine:
         """
 
         async def attempt(link: Link) -> None:
-            await link.script(f"SET statement_timeout TO {_milliseconds(FLUSH_TIMEOUT_S)}")
+            longer = f"SET statement_timeout TO {_milliseconds(FLUSH_TIMEOUT_S)}"
+            await link.script(longer, limit=postgres_link.ANSWER_S)
             await link.script("VACUUM (SKIP_LOCKED, TRUNCATE FALSE) launch, secret", limit=2 * FLUSH_TIMEOUT_S)
 
         session = _Session(self._connected)
@@ -302,12 +304,9 @@ class PostgresEngine:
     async def _connected(self) -> Link:
         connection = await psycopg.AsyncConnection.connect(**self._parameters, autocommit=True)  # type: ignore[arg-type]  # libpq's names
         try:
-            async with asyncio.timeout(postgres_link.ANSWER_S):
+            async with answered_within(connection, postgres_link.ANSWER_S):
                 await self._set_up(connection)
             return Link(connection)
-        except TimeoutError:
-            connection.pgconn.finish()
-            raise psycopg.OperationalError("the server does not answer") from None
         except BaseException:
             await connection.close()
             raise
@@ -348,4 +347,6 @@ def _cannot(doing: str, error: psycopg.Error) -> Unavailable:
     """The error, which callers read too: the server's sentence without the names that it quotes and its address."""
     words = error.diag.message_primary or str(error).partition("\n")[0].rpartition("failed: ")[2]
     words = _QUOTED.sub("…", words.replace("FATAL:", "")).strip()
+    if error.sqlstate == _LOCKED:
+        words += ": another session keeps what it waits for"
     return unavailable(f"the store cannot {doing}: {words}")

@@ -10,9 +10,11 @@ Values travel in binary form, except for numbers, whose width the server knows b
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Generator, Sequence
+from contextlib import asynccontextmanager, suppress
 from typing import Any, Generic
 
 import psycopg
@@ -29,6 +31,8 @@ _TEXT, _BINARY = Format.TEXT, Format.BINARY
 # Longer than any statement may take: the server's own limits are for what it works at, and this is for a server that
 # stands still, and for a commit that waits for a standby, for which it has no limit.
 ANSWER_S = 12.0
+# For a step of the schema, which may read all that is stored. Where it waits for a lock, the server's limit counts.
+STEP_S = 3600.0
 
 
 def _number(cell: bytes) -> int:
@@ -141,12 +145,12 @@ class Link:
             self._break(error)
         await trip.back
 
-    async def script(self, sql: str, *, limit: float | None = None) -> None:
+    async def script(self, sql: str, *, limit: float) -> None:
         """Carry several statements out, or one that cannot be prepared. Nothing else may be under way.
 
         Args:
             sql: the statements.
-            limit: seconds that they may take; None for as long as they take.
+            limit: seconds that they may take.
 
         Raises:
             psycopg.Error: one of them failed, or the link did.
@@ -154,11 +158,8 @@ class Link:
         self._loop.remove_reader(self._socket)
         self._pgconn.exit_pipeline_mode()
         try:
-            async with asyncio.timeout(limit):
+            async with answered_within(self._connection, limit):
                 await self._connection.execute(sql.encode())
-        except TimeoutError:
-            self.drop()
-            raise psycopg.OperationalError("the server does not answer") from None
         finally:
             if self._pgconn.status == ConnStatus.OK:
                 self._enter()
@@ -249,6 +250,35 @@ class Link:
             trip.end(trip.error or error)
 
 
+@asynccontextmanager
+async def answered_within(connection: psycopg.AsyncConnection[Row], limit: float) -> AsyncIterator[None]:
+    """Give a connection up where what is asked with psycopg's own means takes longer than `limit` seconds.
+
+    To whoever waits, the server has gone. A cancellation would not do: psycopg then asks the server to cancel, and
+    waits for a server that stands still once more.
+
+    Raises:
+        psycopg.OperationalError: it took longer.
+    """
+    late = False
+
+    def give_up() -> None:
+        nonlocal late
+        late = True
+        with suppress(psycopg.Error, OSError), socket.socket(fileno=os.dup(connection.pgconn.socket)) as its_end:
+            its_end.shutdown(socket.SHUT_RDWR)
+
+    watch = asyncio.get_running_loop().call_later(limit, give_up)
+    try:
+        yield
+    except psycopg.Error:
+        if late:
+            raise psycopg.OperationalError("the server does not answer") from None
+        raise
+    finally:
+        watch.cancel()
+
+
 class _Answer(Generic[T]):
     """What a statement will have returned."""
 
@@ -299,7 +329,7 @@ class PostgresTransaction:
     async def script(self, sql: str) -> None:
         """See `Transaction`."""
         await self.settle()
-        await self._link.script(sql)
+        await self._link.script(sql, limit=STEP_S)
 
     async def has_table(self, name: str) -> bool:
         """See `Transaction`."""
