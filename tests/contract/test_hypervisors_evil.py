@@ -93,7 +93,7 @@ async def test_a_machine_whose_monitor_does_not_greet_is_ended(
 
 
 async def test_a_machine_that_ignores_sigterm_is_killed(driver: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with play(driver, monkeypatch, settings=replace(QUICK, stop_timeout=0.2)) as act:
+    async with play(driver, monkeypatch, settings=replace(QUICK, stop_timeout=1)) as act:
         act.script.set(stubborn=True)
         launch = await act.start()
         assert len(act.stage.machines()) == 1
@@ -233,7 +233,7 @@ async def test_the_owners_files_are_private_and_gone_when_the_machine_is_up(
 
 
 async def test_a_launch_that_fails_leaves_no_file_of_the_owners(driver: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with play(driver, monkeypatch, settings=NOW) as act:
+    async with play(driver, monkeypatch, settings=NOW if driver == "attach" else QUICK) as act:
         act.script.set(die={"stderr": "no", "code": 1})
         with pytest.raises(PlatformFailed):
             await act.start()

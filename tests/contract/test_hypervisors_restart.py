@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -15,7 +16,7 @@ import pytest
 from common.errors import OutcomeUnknown, PlatformFailed, Reason, WrongState
 from host_agent.launches.runner import StartRequest
 from host_agent.launches.state import LaunchState as S
-from tests.support.agent import ALICE, HEADER, PAYLOAD, QUICK, FakeDevice, Rig, alive, machines_live_on
+from tests.support.agent import ALICE, HEADER, PAYLOAD, QUICK, FakeDevice, Rig, alive, change, machines_live_on
 from tests.support.eventually import until
 from tests.support.plays import NOW, WITH_A_PLACE, Play, agent, play
 from tests.support.stages import STAGES, LibvirtStage
@@ -233,7 +234,14 @@ async def test_an_ended_launch_ends_nothing_any_more(driver: str, monkeypatch: p
 async def test_a_monitor_of_another_user_is_not_believed_and_its_process_not_touched(
     driver: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with play(driver, monkeypatch, settings=NOW) as act:
+    settings = replace(NOW, start_timeout=QUICK.start_timeout)
+
+    def hurry(point: str, _launch_id: object, /) -> None:
+        if point == "start: machine written down":  # what is honest has been done
+            change(settings, start_timeout=3)
+
+    async with play(driver, monkeypatch, settings=settings) as act:
+        act.rig.custody.observe = hurry
         place = act.stage.root / "q" if driver == "attach" else act.stage.root / "pve" / "100.qmp"
         act.stage.root.chmod(0o777)
         code = (

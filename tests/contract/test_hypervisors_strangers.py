@@ -16,7 +16,7 @@ import pytest
 from common.errors import PlatformFailed
 from host_agent.hypervisors import process
 from host_agent.launches.state import LaunchState as S
-from tests.support.agent import ALICE, FakeDevice, alive
+from tests.support.agent import ALICE, QUICK, FakeDevice, alive
 from tests.support.eventually import until
 from tests.support.plays import RUNNING, SOON, WITH_A_PLACE, Play, agent, play
 from tests.support.stages import AttachStage
@@ -75,7 +75,7 @@ async def listening(act: Play) -> None:
 async def test_a_manager_that_made_the_monitors_socket_is_not_taken_for_the_machine(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    async with play("attach", monkeypatch, settings=SOON) as act:
+    async with play("attach", monkeypatch) as act:
         stage = act.stage
         assert isinstance(stage, AttachStage)
         file = stage.inputs / "launch.cfg"
@@ -100,7 +100,7 @@ async def test_a_manager_that_made_the_monitors_socket_is_not_taken_for_the_mach
 async def test_a_stranger_that_came_while_the_agent_was_dead_is_left_alone(
     driver: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with play(driver, monkeypatch, settings=SOON) as act, dead_at(act, "start: machine written down"):
+    async with play(driver, monkeypatch) as act, dead_at(act, "start: machine written down"):
         await is_left_alone(act)
 
 
@@ -144,7 +144,8 @@ async def test_a_machine_of_another_boot_is_not_the_one_that_was_waited_for(
                 other_boot = stage.root / "boot_id"
                 other_boot.write_text("00000000-1111-4222-8333-444444444444\n")
                 monkeypatch.setattr(process, "_BOOT_ID", other_boot)
-            async with agent(stage, device=device, settings=SOON) as second:
+            # The machine that is waited for has the time that it takes.
+            async with agent(stage, device=device, settings=SOON if booted == "anew" else QUICK) as second:
                 [launch] = second.runner.launches(ALICE)
                 await second.until(launch, S.FAILED if booted == "anew" else S.PAUSED)
                 assert alive(machine)
@@ -187,7 +188,7 @@ async def test_files_of_a_launch_that_had_just_ended_when_the_agent_died_are_gon
     def die(*_: object, **__: object) -> None:
         raise asyncio.CancelledError
 
-    async with play(driver, monkeypatch, settings=SOON) as act:
+    async with play(driver, monkeypatch) as act:
         act.script.set(sev={"policy": 0})
         monkeypatch.setattr(act.rig.folders, "clear", die)
         with suppress(asyncio.CancelledError):

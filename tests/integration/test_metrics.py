@@ -52,7 +52,8 @@ def folder() -> Iterator[Path]:
 
 def logged(log: Path, event: str) -> list[dict[str, Any]]:
     """The lines of an event."""
-    lines = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
+    whole, _, _ = log.read_text().rpartition("\n")  # the last line may be half written
+    lines = [json.loads(line) for line in whole.splitlines() if line.startswith("{")]
     return [line for line in lines if line["event"] == event]
 
 

@@ -313,5 +313,5 @@ def test_it_needs_no_privileges(tmp_path: Path) -> None:
 def test_the_cost_of_a_call_is_bearable(platform: Platform) -> None:
     # Far above what is measured (tens of microseconds): a sleep or a poll in the way would show.
     started = time.monotonic()
-    under(platform, sev_programs.come_and_go, 300)
-    assert time.monotonic() - started < 10
+    under(platform, sev_programs.come_and_go, 3000)
+    assert time.monotonic() - started < 30

@@ -22,6 +22,7 @@ from orchestrator.demo.processes import script
 from orchestrator.demo.site import CPU, GUEST, ORCHESTRATOR, VCPUS, WORKLOAD, HostPlay, Site
 from orchestrator.demo.stack import Stack
 from tests.support.agent import alive
+from tests.support.eventually import until
 from tests.support.machine_kinds import REPOSITORY, Kind
 from tests.support.stack import Sides, order, running_stack, sides
 from tests.support.stages import ProxmoxStage
@@ -178,11 +179,7 @@ async def test_a_machine_that_is_started_by_qm_is_attested_and_reads_the_owners_
     assert host.tasks == ["pre-start", "kvm", "post-start"]
     # The agent has looked at the machine and not started it a second time: qm is under way and holds its lock.
     assert host.calls == ["start", "showcmd"]
-    deadline = time.monotonic() + 20
-    while not host.serial.exists() or not host.serial.read_text():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.02)
-    assert secret_of(host) in host.serial.read_text()
+    await until(lambda: host.serial.exists() and secret_of(host) in host.serial.read_text())
     assert not list((host.stage.settings.run / "100").glob("*.b64"))
     assert not (host.stage.settings.run / "100" / "launch.cfg").exists()
 

@@ -115,9 +115,9 @@ async def test_a_step_that_has_begun_runs_to_its_end_although_the_caller_has_gon
 
     site.agent.behaviour = lambda _request: shielded(commit())
     async with site.client() as channel:
-        error = await site.failure(channel, timeout=0.2, mutating=True)
-        assert isinstance(error, OutcomeUnknown)
-        assert begun.is_set()
+        # On a loaded machine a short call may end before it reaches the server.
+        while not begun.is_set():
+            assert isinstance(await site.failure(channel, timeout=0.2, mutating=True), OutcomeUnknown)
         assert not done.is_set()
         stopping = asyncio.create_task(site.server.stop(0))
         await asyncio.sleep(0)
@@ -196,7 +196,7 @@ async def test_a_service_that_dies_under_a_mutating_call_leaves_the_outcome_unkn
 async def test_probes_ask_the_socket_and_learn_when_the_server_stops(pki: Pki, tmp_path: Path) -> None:
     path = tmp_path / "health.sock"
     with pytest.raises(Unavailable, match=r"nobody answers on the health socket .*: no such file or directory"):
-        await probe(path, timeout=2)
+        await probe(path, timeout=30)
     async with serve(pki, health_socket=path) as site:
         assert path.stat().st_mode & 0o777 == 0o600
         assert await probe(path)
@@ -206,7 +206,7 @@ async def test_probes_ask_the_socket_and_learn_when_the_server_stops(pki: Pki, t
         assert await probe(path)
     assert not path.exists()
     with pytest.raises(Unavailable):
-        await probe(path, timeout=2)
+        await probe(path, timeout=30)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ async def test_a_socket_that_says_nothing_is_no_server_that_is_not_ready(
         if listens:
             mute.listen()
         with pytest.raises(Unavailable, match=f"nobody answers on the health socket {path}: {why}"):
-            await probe(path, timeout=1)
+            await probe(path, timeout=1 if listens else 30)
 
 
 async def test_the_health_socket_serves_nothing_else(pki: Pki, tmp_path: Path) -> None:

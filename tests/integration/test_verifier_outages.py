@@ -347,7 +347,8 @@ async def logged(site: VerifierSite, event: str) -> dict[str, Any]:
     """The first log line of this event."""
     async with asyncio.timeout(WITHIN_S):
         while True:
-            lines = [json.loads(line) for line in (site.folder / "log").read_text().splitlines() if line[:1] == "{"]
+            whole, _, _ = (site.folder / "log").read_text().rpartition("\n")  # the last line may be half written
+            lines = [json.loads(line) for line in whole.splitlines() if line[:1] == "{"]
             found = [line for line in lines if line["event"] == event]
             if found:
                 return dict(found[0])

@@ -27,6 +27,7 @@ from sevattest.v1 import platform_pb2, reason_pb2, verifier_service_pb2
 from tests.support.chains import fresh_ca, make_platform
 from tests.support.documents import CALLER, SECRET, write_document
 from tests.support.documents import workload as document
+from tests.support.eventually import until
 from tests.support.verifier_process import ServingVerifier, VerifierSite
 from verifier.keys.file import FileKey
 from verifier.library.artefacts import ArtefactShelf
@@ -252,11 +253,10 @@ async def test_sighup_reads_the_deny_list_again(site: VerifierSite, served: Serv
 
 async def until_logged(site: VerifierSite, event: str, times: int = 1) -> None:
     log = site.folder / "log"
-    for _ in range(500):
-        if log.read_text().count(f'"event":"{event}"') >= times:
-            return
-        await asyncio.sleep(0.02)
-    raise AssertionError(log.read_text())
+    try:
+        await until(lambda: log.read_text().count(f'"event":"{event}"') >= times)
+    except TimeoutError:
+        raise AssertionError(log.read_text()) from None
 
 
 async def test_a_bad_document_keeps_no_chip_off_the_deny_list(

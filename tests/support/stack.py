@@ -112,7 +112,7 @@ class Sides:
 
     def secrets_read(self, guest: str, *, wait: bool = False) -> list[GuestSecret]:
         """The secrets that the guest wrote to its serial line; `wait` until it has said something."""
-        ends = time.monotonic() + 10
+        ends = time.monotonic() + 30
         while wait and not self.stack.serial(guest).endswith("\n") and time.monotonic() < ends:
             time.sleep(0.01)
         return read_secrets(self.stack.serial(guest))

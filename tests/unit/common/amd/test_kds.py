@@ -257,7 +257,7 @@ def test_a_service_that_trickles_holds_up_neither_other_work_nor_the_end() -> No
         threading.Thread(target=trickle, args=(listener,), daemon=True).start()
         began = time.monotonic()
         asyncio.run(ask(f"http://127.0.0.1:{listener.getsockname()[1]}"))
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 30
         ended.set()
 
 

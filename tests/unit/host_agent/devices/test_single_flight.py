@@ -70,17 +70,14 @@ async def test_a_late_call_that_fails_in_the_end_gives_the_turn_back_in_silence(
 
 
 def test_a_loop_that_ended_meanwhile_is_not_missed(caplog: pytest.LogCaptureFixture) -> None:
-    flight, released, late = SingleFlight(), threading.Event(), []
-
-    def wait() -> bool:
-        late.append(threading.current_thread())
-        return released.wait(30)
-
+    flight, released = SingleFlight(), threading.Event()
+    before = set(threading.enumerate())
     with pytest.raises(TimeoutError):
-        asyncio.run(flight.run("late", wait, limit=0.2))
+        asyncio.run(flight.run("late", lambda: released.wait(30), limit=0.2))
+    [late] = set(threading.enumerate()) - before
     released.set()
-    late[0].join(30)
-    assert not late[0].is_alive()
+    late.join(30)
+    assert not late.is_alive()
     assert caplog.text == ""
     assert asyncio.run(flight.run("next", lambda: 1, limit=20)) == 1
 

@@ -19,12 +19,10 @@ from host_agent.hypervisors.attach import AttachDefinition, expect, find_again, 
 from host_agent.hypervisors.base import Machine, MachineId, StartOrder, Trace
 from host_agent.hypervisors.monitored import QemuSettings
 from host_agent.hypervisors.process import boot_id
-from tests.support.agent import QUICK, Script, alive
+from tests.support.agent import QUICK, Script, alive, change
 from tests.support.eventually import until
 from tests.support.machine_kinds import fake
 from tests.support.stages import AttachStage, short_folder
-
-SOON = replace(QUICK, start_timeout=1, command_timeout=1)
 
 
 @dataclass
@@ -101,7 +99,8 @@ async def test_a_stranger_is_not_ended_in_the_machines_stead() -> None:
 
 
 async def test_a_pid_that_was_used_again_meanwhile_is_not_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with place(SOON) as here:
+    settings = replace(QUICK)
+    async with place(settings) as here:
         pid = await here.come()
         asked: list[Path] = []
 
@@ -110,10 +109,12 @@ async def test_a_pid_that_was_used_again_meanwhile_is_not_the_machine(monkeypatc
             return pid if len(asked) % 2 else pid + 1
 
         monkeypatch.setattr(attach, "listening_pid", changing)
+        change(settings, start_timeout=1)
         with pytest.raises(PlatformFailed, match="did not come up"):
             await here.machine.wait_ready()
         assert here.machine.identity is None
         monkeypatch.undo()
+        change(settings, start_timeout=QUICK.start_timeout)
         await here.machine.wait_ready()
         assert here.machine.identity is not None
         assert here.machine.identity.pid == pid

@@ -170,7 +170,7 @@ async def test_a_machine_that_stands_still_is_given_up_in_time_and_its_late_answ
         began = asyncio.get_running_loop().time()
         with pytest.raises(kind):
             await session.execute(command)
-        assert asyncio.get_running_loop().time() - began < SHORT + 1
+        assert asyncio.get_running_loop().time() - began < LONG
     os.kill(process.pid, signal.SIGCONT)
     async with patient(folder) as session:
         assert isinstance(await session.execute("query-sev"), dict)

@@ -45,8 +45,6 @@ from tests.support.agent import (
 from tests.support.firmware import secret_entry, with_footer
 from tests.support.rpc import SettableClock
 
-IMPATIENT = replace(QUICK, command_timeout=0.5)
-
 
 @pytest.fixture
 async def agent(tmp_path: Path) -> AsyncIterator[Rig]:
@@ -56,12 +54,10 @@ async def agent(tmp_path: Path) -> AsyncIterator[Rig]:
 
 
 @pytest.fixture
-async def hasty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Rig]:
-    """An agent that waits half a second for an answer."""
+def hasty(agent: Rig, monkeypatch: pytest.MonkeyPatch) -> Rig:
+    """An agent that can be hurried, over machines that do not die."""
     machines_live_on(monkeypatch)
-    async with rig(tmp_path, settings=IMPATIENT) as made:
-        yield made
-    assert not list(strays(tmp_path))
+    return agent
 
 
 class TestStartLaunch:
@@ -425,6 +421,7 @@ class TestInjectSecret:
 
     async def test_a_silent_machine_leaves_the_outcome_unknown(self, hasty: Rig) -> None:
         launch = await hasty.up_to(S.MEASURED)
+        hasty.hurry()
         hasty.script.set(on={"sev-inject-launch-secret": [{"do": "silence"}]})
         with pytest.raises(OutcomeUnknown):
             await hasty.runner.inject(ALICE, launch.launch_id, uuid4(), HEADER, PAYLOAD)
@@ -511,6 +508,7 @@ class TestResumeGuest:
 
     async def test_a_machine_that_does_not_say_leaves_the_outcome_unknown_until_it_does(self, hasty: Rig) -> None:
         launch = await hasty.up_to(S.INJECTED)
+        hasty.hurry()
         hasty.script.set(on={"cont": [{"do": "close", "effect": True}], "query-status": [{"do": "silence"}] * 3})
         # query-status comes once before cont, and is silent.
         with pytest.raises(Unavailable):
@@ -638,7 +636,7 @@ class TestAbortLaunch:
                 await step
 
     async def test_a_stubborn_machine_and_its_family_are_killed(self, tmp_path: Path) -> None:
-        async with rig(tmp_path, settings=replace(QUICK, stop_timeout=0.3)) as agent:
+        async with rig(tmp_path, settings=replace(QUICK, stop_timeout=1)) as agent:
             agent.script.set(stubborn=True, child=True)
             launch = await agent.up_to(S.PAUSED)
             [child] = [entry["child"] for entry in agent.script.journal if "child" in entry]
@@ -649,6 +647,7 @@ class TestAbortLaunch:
 
     async def test_a_guest_whose_resumption_is_unknown_is_stopped_as_what_it_is(self, hasty: Rig) -> None:
         launch = await hasty.up_to(S.INJECTED)
+        hasty.hurry()
         hasty.script.set(
             on={
                 "cont": [{"do": "close", "effect": True}],

@@ -178,9 +178,10 @@ class TestRestart:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, runs: bool, then: S
     ) -> None:
         machines_live_on(monkeypatch)
-        first = Rig(tmp_path, settings=replace(QUICK, command_timeout=0.5))
+        first = Rig(tmp_path)
         first.folders.open()
         launch = await first.up_to(S.INJECTED)
+        first.hurry()
         silence = [{"do": "events", "count": 0}, {"do": "silence"}]
         first.script.set(on={"cont": [{"do": "close", "effect": runs}], "query-status": silence})
         with pytest.raises(OutcomeUnknown):
@@ -205,7 +206,8 @@ class TestRestart:
     async def test_a_machine_that_is_long_in_coming_keeps_only_its_own_callers_waiting(self, tmp_path: Path) -> None:
         device = FakeDevice()
         running, _, order = await died_while_starting(tmp_path, device)
-        async with asyncio.timeout(QUICK.start_timeout / 2), rig(tmp_path, device=device) as second:
+        patient = replace(QUICK, start_timeout=100)
+        async with asyncio.timeout(50), rig(tmp_path, device=device, settings=patient) as second:
             assert second.runner.get(ALICE, order.launch_id).state is S.STARTING
             assert (await second.runner.abort(ALICE, running.launch_id, uuid4())).state is S.STOPPED
             with pytest.raises(WrongState, match="the guest has a launch"):
@@ -407,9 +409,9 @@ class TestLooks:
         self, tmp_path: Path, state: S, then: S, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         machines_live_on(monkeypatch)
-        async with rig(tmp_path, settings=replace(QUICK, command_timeout=0.2)) as agent:
-            agent.script.set()
+        async with rig(tmp_path) as agent:
             launch = await agent.up_to(state)
+            agent.hurry(0.2)
             agent.script.set(mute="silence")
             for _ in range(LIMITS.silent_checks):
                 assert agent.now(launch).state is state

@@ -256,7 +256,7 @@ def test_a_thread_comes_back_from_who_does_not_come_to_an_end(
 ) -> None:
     vault.answers = say_slowly
     with pytest.raises(Unavailable, match="comes too slowly"):
-        ask(settings(timeout=0.2), TOKEN, SOURCE)
+        ask(settings(timeout=2), TOKEN, SOURCE)  # which is also for connecting
     vault.answers = say_without_end
     with pytest.raises(Unavailable, match="is too large"):
         ask(settings(), TOKEN, SOURCE)
