@@ -12,10 +12,10 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from common.errors import SevattestError, exit_code
 
@@ -33,14 +33,42 @@ class Parser(argparse.ArgumentParser):
         """Print the help; unlike argparse's own, this notices when nobody reads it."""
         print(self.format_help(), end="", file=file)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, but no words are left over: the command that does not know them says so, not the first one."""
+        known, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return known, unknown
+
     def error(self, message: str) -> NoReturn:
         """Say what is wrong with the words of the command and end with 2."""
         complain(self.prog.split()[0], message, hint=f"{self.prog} --help")
         raise SystemExit(2)
 
 
-def run_command(program: str, command: Callable[[], int]) -> int:
-    """Run a command and return its exit code; errors of ours, of the system and of the reader end as sentences."""
+class _Version(argparse.Action):
+    """Prints the version and ends; it is looked up only where somebody asks."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version  # noqa: PLC0415 -- slow, and for this alone
+
+        print(f"{parser.prog} {version('sevattest')}")
+        parser.exit()
+
+
+def add_version(parser: Parser) -> None:
+    """Give the program `--version`."""
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and end")
+
+
+def run_command(program: str, command: Callable[[], int], *, extras: Mapping[str, str] | None = None) -> int:
+    """Run a command and return its exit code; errors of ours, of the system and of the reader end as sentences.
+
+    Args:
+        program: its name, before each sentence.
+        command: what it does; returns the exit code.
+        extras: libraries that the program imports and that one of the package's extras brings, with the extra's name.
+    """
     _make_streams_usable()
     try:
         code = _returned(command)
@@ -53,6 +81,12 @@ def run_command(program: str, command: Callable[[], int]) -> int:
         code = _SIGNALLED + signal.SIGPIPE
     except KeyboardInterrupt:
         code = _SIGNALLED + signal.SIGINT
+    except ModuleNotFoundError as error:
+        extra = (extras or {}).get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        complain(program, f"needs the extra sevattest[{extra}]", hint=f"pip install 'sevattest[{extra}]'")
+        code = 2
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         complain(program, f"{where}{error.strerror or error}")

@@ -13,10 +13,12 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from common.command import Parser, run_command
+from common.command import Parser, add_version, run_command
 
 PROGRAM = "sev-host-agent"
 _NOT_READY = 3
+# Libraries of its own extra.
+_EXTRAS = {"qemu": "agent"}
 # Command, the package whose `cli` has its arguments and runs it, and its line of help. Only the one that is called is
 # imported: a service that starts does not pay for the rest.
 _OWN_MODULES = (
@@ -38,11 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = args.run(args)
         return code
 
-    return run_command(PROGRAM, command)
+    return run_command(PROGRAM, command, extras=_EXTRAS)
 
 
 def _parser(words: Sequence[str]) -> Parser:
     parser = Parser(prog=PROGRAM, description="start guests paused, relay their attestation, let attested guests run")
+    add_version(parser)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for name, run, text in (
         ("serve", _serve, "serve launches until SIGTERM"),

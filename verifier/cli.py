@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from common.command import Parser, complain, run_command
+from common.command import Parser, add_version, complain, run_command
 from common.errors import InvalidInput, NotFound, Reason
 
 _PROGRAM = "sev-verifier"
+# Libraries of its own extra.
+_EXTRAS = {"yaml": "verifier"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,12 +31,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = args.command(args)
         return code
 
-    return run_command(_PROGRAM, command)
+    return run_command(_PROGRAM, command, extras=_EXTRAS)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog=_PROGRAM, description="the guest owner's side: verifies launches and releases secrets")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    add_version(parser)
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def add(name: str, text: str, command: Callable[[argparse.Namespace], int], *, config: bool = True) -> Any:
         sub = commands.add_parser(name, help=text, description=text)

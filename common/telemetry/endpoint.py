@@ -106,7 +106,9 @@ class Endpoint:
             from common.telemetry import prometheus  # noqa: PLC0415 -- an extra, and a twentieth of a second
         except ImportError as error:
             raise InvalidInput(
-                Reason.INVALID_CONFIGURATION, "metrics: needs prometheus-client", hint="install sevattest[metrics]"
+                Reason.INVALID_CONFIGURATION,
+                "metrics: needs the extra sevattest[metrics]",
+                hint="pip install 'sevattest[metrics]'",
             ) from error
         config.context()
         meter = prometheus.PrometheusMeter()

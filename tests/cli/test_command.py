@@ -6,10 +6,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
+from common.command import run_command
 from tests.support.chains import make_platform
 
 _PROGRAM = [sys.executable, "-c", "import sys; from orchestrator.cli import main; sys.exit(main())"]
@@ -100,3 +102,59 @@ def test_a_folder_whose_name_is_no_text_can_be_written_to(tmp_path: Path) -> Non
     )
     assert (done.returncode, done.stderr) == (0, b"")
     assert len(os.listdir(folder)) == 4  # noqa: PTH208 -- the name is bytes
+
+
+@pytest.mark.parametrize(
+    ("package", "library", "extra", "words"),
+    [
+        ("verifier", "yaml", "verifier", ["check-config", "--config", "/nowhere"]),
+        ("verifier", "yaml", "verifier", ["keygen", "/nowhere/kek.bin"]),
+        ("host_agent", "qemu", "agent", ["check-config", "--config", "/nowhere"]),
+        ("host_agent", "qemu", "agent", ["doctor"]),
+    ],
+)
+def test_a_program_without_its_extra_says_which_and_not_where_it_fell_over(
+    package: str, library: str, extra: str, words: list[str]
+) -> None:
+    code = f"import sys; sys.modules['{library}'] = None; from {package}.cli import main; sys.exit(main())"
+    done = subprocess.run([sys.executable, "-c", code, *words], check=False, timeout=60, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    program = {"verifier": "sev-verifier", "host_agent": "sev-host-agent"}[package]
+    assert done.stderr == f"{program}: needs the extra sevattest[{extra}]\nhint: pip install 'sevattest[{extra}]'\n"
+
+
+def test_a_module_that_no_extra_brings_is_missing_loudly() -> None:
+    def command() -> int:
+        raise ModuleNotFoundError(name="common.nothing")
+
+    with pytest.raises(ModuleNotFoundError):
+        run_command("program", command, extras={"yaml": "verifier"})
+
+
+@pytest.mark.parametrize(
+    ("package", "words", "said"),
+    [
+        ("orchestrator", ["owner", "get", "grants", "--bogus"], "sevattest owner get --help"),
+        ("orchestrator", ["receipt", "verify", "file", "--jwks", "file", "--bogus"], "sevattest receipt verify --help"),
+        ("orchestrator", ["launch", "web", "--bogus"], "sevattest launch --help"),
+        ("verifier", ["health", "--config", "file", "--bogus"], "sev-verifier health --help"),
+        ("host_agent", ["health", "--config", "file", "--bogus"], "sev-host-agent health --help"),
+    ],
+)
+def test_a_word_that_is_too_much_is_explained_by_the_command_that_does_not_know_it(
+    package: str, words: list[str], said: str
+) -> None:
+    program = [sys.executable, "-c", f"import sys; from {package}.cli import main; sys.exit(main())"]
+    done = subprocess.run([*program, *words], check=False, timeout=60, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == f"hint: {said}"
+
+
+@pytest.mark.parametrize(
+    ("package", "program"),
+    [("orchestrator", "sevattest"), ("verifier", "sev-verifier"), ("host_agent", "sev-host-agent")],
+)
+def test_every_program_says_its_version(package: str, program: str) -> None:
+    called = [sys.executable, "-c", f"import sys; from {package}.cli import main; sys.exit(main())", "--version"]
+    done = subprocess.run(called, check=False, timeout=60, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{program} {version('sevattest')}\n", "")

@@ -235,7 +235,7 @@ def _pkcs11() -> ModuleType:
     except ImportError as error:
         raise InvalidInput(
             Reason.INVALID_CONFIGURATION,
-            "pkcs11: python-pkcs11 is not installed",
+            "pkcs11: needs the extra sevattest[pkcs11]",
             hint="pip install 'sevattest[pkcs11]'",
         ) from error
     return pkcs11

@@ -84,7 +84,9 @@ class VaultSecrets:
             from verifier.secrets.vault_client import ask  # noqa: PLC0415 -- an extra
         except ImportError as error:
             raise InvalidInput(
-                Reason.INVALID_CONFIGURATION, "vault: needs hvac", hint="install sevattest[vault]"
+                Reason.INVALID_CONFIGURATION,
+                "vault: needs the extra sevattest[vault]",
+                hint="pip install 'sevattest[vault]'",
             ) from error
         self._ask = ask
         self._settings = settings

@@ -31,7 +31,9 @@ class PostgresStore(SqlStore):
             from verifier.store.postgres_engine import PostgresEngine  # noqa: PLC0415
         except ImportError as error:
             raise InvalidInput(
-                Reason.INVALID_CONFIGURATION, "store: PostgreSQL needs the extra sevattest[postgres]"
+                Reason.INVALID_CONFIGURATION,
+                "store: needs the extra sevattest[postgres]",
+                hint="pip install 'sevattest[postgres]'",
             ) from error
         super().__init__(PostgresEngine(dsn, on_step, schema=schema, connections=connections))
 

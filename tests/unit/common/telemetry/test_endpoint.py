@@ -123,9 +123,9 @@ def test_without_the_extra_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     monkeypatch.delitem(sys.modules, "common.telemetry.prometheus", raising=False)
     monkeypatch.delattr("common.telemetry.prometheus", raising=False)
-    with pytest.raises(InvalidInput, match="metrics: needs prometheus-client") as caught:
+    with pytest.raises(InvalidInput, match=r"metrics: needs the extra sevattest\[metrics\]") as caught:
         Endpoint(LOOPBACK, RecordingLog())
-    assert caught.value.fields == {"hint": "install sevattest[metrics]"}
+    assert caught.value.fields == {"hint": "pip install 'sevattest[metrics]'"}
 
 
 async def test_a_port_that_is_taken_is_named() -> None:
