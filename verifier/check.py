@@ -11,9 +11,9 @@ from pathlib import Path
 from common.amd.kds import key_service
 from common.clock import SystemClock
 from common.config import listen_address
-from common.errors import InvalidInput, SevattestError
+from common.errors import InvalidInput, Reason, SevattestError
 from common.rpc.health import socket_target
-from common.rpc.tls import load_server
+from common.rpc.tls import ServerTls, load_server
 from common.telemetry.endpoint import Endpoint
 from common.telemetry.log import SILENCE
 from verifier.check_documents import Findings, check_documents
@@ -55,8 +55,8 @@ def _check_process(config: Config, findings: Findings) -> None:
         try:
             findings.warnings += step(config)
         except SevattestError as error:
-            if error.message not in findings.problems:  # both listeners have one certificate
-                findings.problems.append(error.message)
+            # Both listeners have one certificate.
+            findings.problems += [each for each in error.sentences if each not in findings.problems]
 
 
 def _listen(config: Config) -> Sequence[str]:
@@ -83,14 +83,26 @@ def _store(config: Config) -> Sequence[str]:
 
 
 def _tls(config: Config) -> Sequence[str]:
-    load_server(config.server_tls(), SystemClock().now())
+    _listener(config.server_tls())
     return ("tls.allow_single_ca: one CA may stand for both sites",) if config.tls.allow_single_ca else ()
+
+
+def _listener(tls: ServerTls) -> None:
+    """Raise what is wrong with a listener's files; all that are missing, since who sets up a site has none of them."""
+    missing = tuple(
+        f"{file}: no such file or directory" for file in (tls.cert, tls.key, tls.client_ca) if not file.exists()
+    )
+    if missing:
+        error = InvalidInput(Reason.INVALID_CONFIGURATION, missing[0])
+        error.problems = missing
+        raise error
+    load_server(tls, SystemClock().now())
 
 
 def _admin(config: Config) -> Sequence[str]:
     if config.admin is not None:
         _address("admin.listen", config.admin.listen)
-        load_server(config.admin_tls(config.admin), SystemClock().now())
+        _listener(config.admin_tls(config.admin))
     return ()
 
 

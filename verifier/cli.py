@@ -101,7 +101,7 @@ def _check(args: argparse.Namespace) -> int:
         print(f"{_PROGRAM}: {problem}", file=sys.stderr)
     if findings.problems:
         return 2
-    print(f"{_PROGRAM}: configuration is good: {findings.workloads} workloads in {findings.documents} documents")
+    print(f"{_PROGRAM}: configuration is good: workloads: {findings.workloads}, documents: {findings.documents}")
     return 0
 
 
@@ -232,8 +232,12 @@ def _uuid(option: str, text: str) -> UUID:
     return value
 
 
+# What a record is about: of documents and secrets, of launches, and of all. As `sevattest owner audit list` has it.
+_SUBJECT = ("time", "event", "kind", "name", "version", "launch_id", "reason", "caller")
+
+
 def _words(record: dict[str, Any]) -> str:
-    lines = [" ".join(str(record[name]) for name in ("time", "event", "launch_id", "reason", "caller") if record[name])]
+    lines = ["  ".join(str(record[name]) for name in _SUBJECT if record.get(name))]
     lines += [f"  {finding['rule']}: {finding['message']}" for finding in record.get("findings", ())]
     if record.get("explanation"):
         lines.append(f"  explanation: {record['explanation']['sentence']}")

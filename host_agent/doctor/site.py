@@ -29,7 +29,7 @@ def certificate(tls: ServerTls, now: datetime) -> Finding:
     try:
         identity = load_server(tls, now).identity
     except SevattestError as error:
-        return failed("agent.certificate", error.message, "renew it (`sevattest pki`), and see clock.sane")
+        return failed("agent.certificate", error.message, "make or renew it (`sevattest pki`), and see clock.sane")
     return passed("agent.certificate", str(identity))
 
 

@@ -312,7 +312,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     issue_parser.add_argument("name", metavar="NAME", help="which one of its role")
     issue_parser.add_argument("--dns", action="append", default=[], metavar="NAME", help="a name it is called by")
     issue_parser.add_argument("--ip", action="append", default=[], metavar="ADDRESS", help="an address it is called by")
-    issue_parser.add_argument("--days", type=int, default=DEFAULT_DAYS, metavar="N", help="its life (%(default)s)")
+    issue_parser.add_argument(
+        "--days", type=int, default=DEFAULT_DAYS, metavar="N", help="its life in days (default: %(default)s)"
+    )
     issue_parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the files, if another")
     issue_parser.set_defaults(act=_run_issue)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from common.audit.jws import KEY_SET_MAX, RECEIPT_TYPE, TOKEN_MAX, read_key_set, untrusted_claims, verify_jws
 from common.errors import SevattestError
+from orchestrator.cli.owner.files import about
 
 HELP = "verify a receipt and print what it says"
 
@@ -31,9 +32,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Verify and print; 0 if the signature holds."""
-    keys = read_key_set(_read(args.jwks, KEY_SET_MAX))
+    try:
+        keys = read_key_set(_read(args.jwks, KEY_SET_MAX))
+    except SevattestError as error:
+        raise about(str(args.jwks), error) from error
     token = sys.stdin.buffer.read(TOKEN_MAX + 2) if args.file == "-" else _read(Path(args.file), TOKEN_MAX)
-    receipt = verify_jws(token.strip(), keys, typ=RECEIPT_TYPE)
+    try:
+        receipt = verify_jws(token.strip(), keys, typ=RECEIPT_TYPE)
+    except SevattestError as error:
+        if token.lstrip().startswith(b"{"):
+            error.fields.setdefault("hint", "a receipt is what `receipt_token` holds in the JSON of a launch")
+        raise about(args.file, error) from error
     if not args.quiet:
         print(json.dumps(receipt.claims, indent=2))
         print(f"sevattest: the receipt is genuine: signed with {receipt.kid}", file=sys.stderr)

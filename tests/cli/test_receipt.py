@@ -72,12 +72,26 @@ def test_what_is_not_genuine_is_refused_and_not_printed(
     assert _verify(receipt, keys) == code
     out, err = capsys.readouterr()
     assert out == ""
+    assert err.startswith(f"sevattest: {receipt}: a token")
     assert says in err
+
+
+def test_the_json_of_a_launch_is_no_receipt_but_holds_one(
+    receipt: Path, keys: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    receipt.write_text(json.dumps({"state": "running", "receipt_token": SIGNER.sign(claims(), typ=RECEIPT_TYPE)}))
+    assert _verify(receipt, keys) == 2
+    assert capsys.readouterr().err.endswith("hint: a receipt is what `receipt_token` holds in the JSON of a launch\n")
+    receipt.write_text("no JSON")
+    assert _verify(receipt, keys) == 2
+    assert "hint" not in capsys.readouterr().err
 
 
 def test_what_is_no_key_set_is_bad_input(receipt: Path, keys: Path, capsys: pytest.CaptureFixture[str]) -> None:
     keys.write_text("{}")
     assert _verify(receipt, keys) == 2
-    assert "has no list of keys" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert err.startswith(f"sevattest: {keys}: ")
+    assert "has no list of keys" in err
     assert _verify(receipt, keys.with_name("none")) == 2
     assert "No such file" in capsys.readouterr().err

@@ -319,6 +319,7 @@ async def test_the_audit_command_reads_while_the_verifier_serves(site: VerifierS
     assert text.returncode == 0
     assert "launch.refused" in text.stdout
     assert "launch.measurement: " in text.stdout
+    assert f"launch.refused  {launch_id}  MEASUREMENT_REFUSED  {CALLER}\n" in text.stdout
     assert "explanation: the measurement matches nothing on file" in text.stdout
     lines = await asyncio.to_thread(run, "audit", "--config", str(site.config), "--json")
     records = [json.loads(line) for line in lines.stdout.splitlines()]

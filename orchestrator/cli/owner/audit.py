@@ -219,7 +219,10 @@ def _say_verified(args: argparse.Namespace, head: Head, checkpoints: int, covere
     else:
         records = f"records {first} to {head.number}" if head.number >= first else f"no record after {first - 1}"
         print(f"the audit log is whole: {records}, checkpoints: {checkpoints}")
-        print(f"signed up to record {covered}; {head.number - covered} came after the newest checkpoint")
+        if checkpoints:
+            print(f"signed up to record {covered}; {head.number - covered} came after the newest checkpoint")
+        else:
+            print("nothing of it is signed: the verifier has no checkpoint yet")
     if args.jwks is None:
         print(
             "warning: the keys are the verifier's own word of today, --jwks takes those that you kept", file=sys.stderr

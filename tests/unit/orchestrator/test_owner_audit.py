@@ -46,6 +46,24 @@ def test_an_honest_log_is_whole(admin: LocalAdmin) -> None:
     assert said.err.startswith("warning: the keys are the verifier's own word")
 
 
+def test_a_log_that_nobody_signed_yet_is_said_to_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    admin = local_admin(tmp_path, monkeypatch, capsys)
+
+    async def fill() -> None:
+        async with admin.open() as site:
+            await site.apply(grant("fleet", "1"))
+
+    asyncio.run(fill())
+    said = admin.run("audit", "verify")
+    assert said.code == 0
+    assert said.out == (
+        "the audit log is whole: records 1 to 1, checkpoints: 0\n"
+        "nothing of it is signed: the verifier has no checkpoint yet\n"
+    )
+
+
 def test_a_kept_file_that_is_none_is_named(admin: LocalAdmin, tmp_path: Path) -> None:
     junk = tmp_path / "junk"
     junk.write_text("no key and no checkpoint")

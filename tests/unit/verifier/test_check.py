@@ -68,7 +68,7 @@ def command(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, 
 def test_a_good_configuration_is_good(site: VerifierSite, capsys: pytest.CaptureFixture[str]) -> None:
     (site.folder / "documents" / "secret").chmod(0o600)
     code, out, err = command(capsys, "check-config", "--config", str(site.config))
-    assert (code, out) == (0, "sev-verifier: configuration is good: 1 workloads in 1 documents\n")
+    assert (code, out) == (0, "sev-verifier: configuration is good: workloads: 1, documents: 1\n")
     assert err.splitlines() == [
         f"warning: platforms.extra_roots: {site.folder}/ask_ark.cert: platforms under this root count as emulated",
         f"warning: web.yaml: spec.platforms.generations: emulated: {GENERATIONS['emulated'].caution}",
@@ -173,6 +173,16 @@ def test_the_owners_listener_is_looked_at(site: VerifierSite) -> None:
     site.config.write_text(f"{text}\n{admin}")
     load_config(site.config, {}).tls.cert.unlink()
     assert len(check(site.config, {}).problems) == 1
+
+
+def test_all_files_of_a_listener_that_are_missing_are_named_at_once(site: VerifierSite) -> None:
+    config = load_config(site.config, {})
+    for file in (config.tls.cert, config.tls.client_ca):
+        file.unlink()
+    assert check(site.config, {}).problems == [
+        f"{config.tls.cert}: no such file or directory",
+        f"{config.tls.client_ca}: no such file or directory",
+    ]
 
 
 def test_older_key_files_are_looked_at(site: VerifierSite, capsys: pytest.CaptureFixture[str]) -> None:
