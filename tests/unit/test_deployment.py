@@ -172,6 +172,28 @@ def test_the_pages_commands_find_their_files_in_its_own_folder() -> None:
         assert (DEPLOY / folder / "pyproject.toml").is_file(), folder
 
 
+@pytest.mark.parametrize("sample", [SAMPLE, DEPLOY / "verifier" / "verifier.toml"], ids=lambda file: file.stem)
+def test_the_pages_commands_put_every_file_in_place_that_a_sample_names(sample: Path) -> None:
+    page = (DEPLOY / "README.md").read_text(encoding="utf-8")
+    placed = " ".join(line.partition("#")[0] for line in page.splitlines() if line.startswith(("install ", "/opt/")))
+    settings = tomllib.loads(sample.read_text(encoding="utf-8"))
+    named = [settings.get("key_file"), *settings["tls"].values(), settings.get("admin", {}).get("client_ca")]
+    files = [Path(each) for each in named if each is not None and each.startswith("/")]
+    assert len(files) >= 3
+    for file in files:
+        assert str(file) in placed or (file.name in placed and f"{file.parent}/ " in f"{placed} "), file
+
+
+@pytest.mark.parametrize("file", ["deploy/verifier/Containerfile", "deploy/host-agent/Containerfile"])
+def test_nothing_that_an_image_takes_in_is_ignored(file: str) -> None:
+    ignored = [line for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines() if line[:1] != "#"]
+    copied = re.findall(r"^COPY (?!--from)(.*) \S+$", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE)
+    words = {word for line in copied for word in line.split()}
+    assert {"common", "proto", "pyproject.toml"} <= words
+    assert not words & set(ignored)
+    assert all((ROOT / word).exists() for word in words)
+
+
 @pytest.mark.parametrize("drop_ins", [(), (ATTACH,), (LIBVIRT,), (ATTACH, LIBVIRT)], ids=len)
 def test_systemd_itself_finds_no_fault(tmp_path: Path, drop_ins: tuple[Path, ...]) -> None:
     if shutil.which("systemd-analyze") is None:

@@ -28,7 +28,7 @@ PROGRAMS = {
 # A command's words end at the first that is none (a file, an option, a name in capitals), its options where a shell's
 # or another program's words begin.
 _COMMAND = re.compile(
-    r"(?:^|(?<=[\s(/]))(?<!-o )(?P<program>sevattest|sev-verifier|sev-host-agent)(?: -q)?"
+    r"(?:^|(?<=[\s(])|(?<=bin/))(?<!-o )(?P<program>sevattest|sev-verifier|sev-host-agent)(?: -q)?"
     r"(?P<words>(?: [a-z][a-z-]*(?![^ ,;.)]))+)(?P<rest>[^#|&<>;]*?(?=[#|&<>;]| -- |$))"
 )
 
