@@ -51,6 +51,18 @@ def test_every_test_that_a_page_names_exists(page: Path) -> None:
             assert f"def {test}(" in (ROOT / path).read_text(encoding="utf-8"), f"{name(page)} names {path}::{test}"
 
 
+def test_every_decision_is_listed_by_its_number_and_title() -> None:
+    folder = ROOT / "docs" / "adr"
+    listed = re.findall(
+        r"^([0-9]+\. )\[(.+)\]\((.+)\)$", (folder / "README.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    pages = sorted(folder.glob("[0-9]*.md"))
+    assert [file for _, _, file in listed] == [page.name for page in pages]
+    for number, title, file in listed:
+        assert (folder / file).read_text(encoding="utf-8").startswith(f"# {number}{title}\n"), file
+        assert file.startswith(f"{int(number[:-2]):04}-"), file
+
+
 def test_the_pages_are_read() -> None:
     assert len(PAGES) > 10
     assert any(_TEST.search(page.read_text(encoding="utf-8")) for page in PAGES)
