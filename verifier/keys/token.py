@@ -139,7 +139,7 @@ class Token:
     def _key(self, session: Session) -> Any:
         keys = self._keys(session)
         if len(keys) != 1:
-            raise self._away(f"has {len(keys) or 'no'} AES keys {self._settings.key}")
+            raise self._away(f"has {f'{len(keys)} AES keys' if keys else 'no AES key'} {self._settings.key}")
         return keys[0]
 
     def _keys(self, session: Session) -> list[Any]:
@@ -163,7 +163,7 @@ class Token:
         with _IN_USE:
             stands, pin = self._pin()
             try:
-                library = pkcs11.lib(str(settings.module))
+                library = self._library()
                 library.reinitialize()
                 token = library.get_token(token_label=settings.token)
                 # A PIN that was accepted here may have been changed since, and replicas may have used the other tries.
@@ -178,6 +178,17 @@ class Token:
                 raise self._away("is not there") from error
             except pkcs11.PKCS11Error as error:  # its text may be anything; its class tells enough
                 raise self._away(f"does not do it ({type(error).__name__})") from error
+
+    def _library(self) -> Any:
+        pkcs11 = _pkcs11()
+        path = self._settings.module
+        try:
+            return pkcs11.lib(str(path))
+        except pkcs11.PKCS11Error as error:
+            if type(error) is not pkcs11.PKCS11Error:  # the library was loaded, and has said it itself
+                raise
+            what = "is no PKCS#11 library" if path.exists() else "no such file or directory"
+            raise Unavailable(Reason.KEY_UNAVAILABLE, f"pkcs11.module: {path}: {what}") from error
 
     def _pin(self) -> tuple[_PinFile, str]:
         """How the PIN's file stands, and the PIN."""
