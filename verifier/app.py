@@ -134,6 +134,7 @@ class App:
                 clock=self._world.clock,
                 meter=self._meter,
             )
+            self._admin = None if config.admin is None else self._owners_listener(config.admin)
             dependencies = self._dependencies(self._server, identities)
             broker = Broker(dependencies)
             service.add_to(
@@ -143,7 +144,7 @@ class App:
             if self._metrics is not None:
                 await self._metrics.start()
             launches = await self._server.start()
-            admin = None if config.admin is None else await self._start_admin(config.admin, dependencies)
+            admin = None if self._admin is None else await self._start_admin(self._admin, dependencies)
         except BaseException:
             await self.stop()
             raise
@@ -165,8 +166,8 @@ class App:
             return False
         return True
 
-    async def _start_admin(self, admin: AdminConfig, dependencies: Dependencies) -> str:
-        self._admin = Server(
+    def _owners_listener(self, admin: AdminConfig) -> Server:
+        return Server(
             listen=admin.listen,
             tls=self._config.admin_tls(admin),
             log=self._log,
@@ -174,9 +175,16 @@ class App:
             clock=self._world.clock,
             meter=self._meter,
         )
+
+    async def _start_admin(self, listener: Server, dependencies: Dependencies) -> str:
         desks = owner_desks(dependencies, self._library)
-        admin_service.add_to(self._admin, admin_service.AdminServicer(desks))
-        return await self._admin.start()
+        admin_service.add_to(listener, admin_service.AdminServicer(desks))
+        return await listener.start()
+
+    @property
+    def _single_ca(self) -> bool:
+        """Whether one CA stands for both sites, at either listener."""
+        return any(server is not None and server.single_ca for server in (self._server, self._admin))
 
     def _dependencies(self, server: Server, identities: Identities) -> Dependencies:
         world, config = self._world, self._config
@@ -201,7 +209,7 @@ class App:
             random=world.random,
             new_id=new_id,
             open_cap=config.limits.open_launches,
-            single_ca=server.single_ca,
+            single_ca=self._single_ca,
             on_step=world.on_step,
         )
 
@@ -245,7 +253,7 @@ class App:
                 file=str(path),
                 ark=root.ark.fingerprint.hex(),
             )
-        if self._server is not None and self._server.single_ca:
+        if self._single_ca:
             self._log.warning(
                 "verifier.single_ca", text="ONE CA STANDS FOR BOTH SITES: the datacenter can make any identity"
             )

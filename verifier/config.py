@@ -278,6 +278,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             trust_domain=admin.trust_domain,
             role=Role.VERIFIER,
             callers=frozenset({Role.OWNER}),
+            strangers_ca=self.tls.client_ca,
+            allow_single_ca=self.tls.allow_single_ca,
         )
 
     def server_tls(self) -> ServerTls:

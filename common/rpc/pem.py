@@ -46,6 +46,7 @@ class TlsMaterial:
         chain: `chain_pem`, parsed; the certificate itself first.
         authorities: `ca_pem`, parsed, those that are in date.
         identity: who the certificate is for.
+        strangers: the CAs of the other site, where this listener was told of them.
     """
 
     chain_pem: bytes
@@ -54,6 +55,7 @@ class TlsMaterial:
     chain: tuple[x509.Certificate, ...]
     authorities: tuple[x509.Certificate, ...]
     identity: Identity
+    strangers: tuple[x509.Certificate, ...] = ()
 
     @property
     def leaf(self) -> x509.Certificate:
@@ -78,7 +80,7 @@ def read_material(
     """
     chain = read_certificates(cert)
     private = _read_key(key)
-    if private.public_der != chain[0].public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo):
+    if private.public_der != _public_der(chain[0]):
         raise _bad(key, f"the key does not match the certificate in {cert}")
     try:
         identity = check_leaf(chain[0], usage=usage, now=now)
@@ -206,6 +208,16 @@ def _useless(what: str) -> Unauthenticated:
 def issued_by_any(chain: Sequence[x509.Certificate], authorities: Sequence[x509.Certificate]) -> bool:
     """Whether one of `authorities` signed the certificate or one above it in its file."""
     return any(_issued(certificate, authority) for certificate in chain for authority in authorities)
+
+
+def let_in_by_any(strangers: Sequence[x509.Certificate], authorities: Sequence[x509.Certificate]) -> bool:
+    """Whether who trusts `authorities` trusts one of the CAs `strangers`, too: it is one of them, or below one."""
+    trusted = {_public_der(authority) for authority in authorities}
+    return any(_public_der(each) in trusted for each in strangers) or issued_by_any(strangers, authorities)
+
+
+def _public_der(certificate: x509.Certificate) -> bytes:
+    return certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
 
 
 def _issued(certificate: x509.Certificate, authority: x509.Certificate) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -18,7 +18,15 @@ import grpc
 from common.clock import Clock, SystemClock
 from common.errors import InvalidInput, Reason
 from common.rpc.identity import DATACENTER, OWNER_SITE, SERVERS, Role, check_trust_domain
-from common.rpc.pem import CLIENT_USAGE, SERVER_USAGE, TlsMaterial, issued_by_any, read_material
+from common.rpc.pem import (
+    CLIENT_USAGE,
+    SERVER_USAGE,
+    TlsMaterial,
+    issued_by_any,
+    let_in_by_any,
+    read_certificates,
+    read_material,
+)
 from common.telemetry.log import Log
 
 # A certificate so near its end makes the server not ready: whoever renews it is late.
@@ -36,8 +44,9 @@ class ServerTls:
         trust_domain: the callers' trust domain.
         role: what this server is, `Role.AGENT` or `Role.VERIFIER`; its own certificate must say so too.
         callers: the roles that may call this listener.
-        allow_single_ca: accept a server and callers of different sites under one CA (decisions.md 1); every banner
-            shows it.
+        strangers_ca: PEM file, the CA (or CAs) of the other site, where that one calls a listener of its own: nobody
+            whom they vouch for may be let in here. None where this is the only listener.
+        allow_single_ca: accept one CA for both sites (decisions.md 1); every banner shows it.
     """
 
     cert: Path
@@ -46,6 +55,7 @@ class ServerTls:
     trust_domain: str
     role: Role
     callers: frozenset[Role] = frozenset({Role.ORCHESTRATOR})
+    strangers_ca: Path | None = None
     allow_single_ca: bool = False
 
     @property
@@ -90,11 +100,18 @@ def load_server(tls: ServerTls, now: datetime) -> TlsMaterial:
             raise _bad(tls.cert, f"the server is in its callers' own trust domain, {own.trust_domain}", single=True)
         if issued_by_any(material.chain, material.authorities):
             raise _bad(tls.cert, f"was issued by a CA in {tls.client_ca}, which issues its callers too", single=True)
+    if tls.strangers_ca is None:
+        return material
+    material = replace(material, strangers=read_certificates(tls.strangers_ca))
+    if not tls.allow_single_ca and let_in_by_any(material.strangers, material.authorities):
+        raise _bad(tls.client_ca, f"lets in whoever has a certificate from a CA in {tls.strangers_ca}", single=True)
     return material
 
 
 def single_ca(tls: ServerTls, material: TlsMaterial) -> bool:
     """Whether one CA stands for both sites here, which banners and receipts must say."""
+    if let_in_by_any(material.strangers, material.authorities):
+        return True
     return not tls.callers_are_neighbours and (
         material.identity.trust_domain == tls.trust_domain or issued_by_any(material.chain, material.authorities)
     )
@@ -197,10 +214,13 @@ class CertificateWatch:
                 after()
 
     def _look(self) -> _Stamp:
-        return tuple(_stamp(path) for path in (self._tls.cert, self._tls.key, self._tls.client_ca))
+        tls = self._tls
+        return tuple(_stamp(path) for path in (tls.cert, tls.key, tls.client_ca, tls.strangers_ca))
 
 
-def _stamp(path: Path) -> tuple[int, int, int] | None:
+def _stamp(path: Path | None) -> tuple[int, int, int] | None:
+    if path is None:
+        return None
     try:
         status = path.stat()
     except OSError:

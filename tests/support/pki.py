@@ -94,6 +94,7 @@ class Pki:
             "client_ca": self.owner_ca,
             "trust_domain": OWNER_DOMAIN,
             "callers": frozenset({Role.OWNER}),
+            "strangers_ca": self.datacenter_ca,
         }
         return self.server_tls(Role.VERIFIER, name, **settings | changes)
 

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from common.errors import Reason, Unavailable
+from common.errors import InvalidInput, Reason, Unavailable
 from common.rpc import MAX_STREAMS
 from common.rpc.server import Limits
 from common.telemetry.endpoint import MetricsConfig
@@ -255,6 +255,27 @@ def test_one_ca_for_both_sites_is_refused_unless_written_out(site: VerifierSite)
     findings = check(site.config, {})
     assert findings.problems == []
     assert any("tls.allow_single_ca" in warning for warning in findings.warnings)
+
+
+async def test_an_owners_listener_for_certificates_of_the_datacenter_is_refused_unless_written_out(
+    tmp_path: Path,
+) -> None:
+    site = VerifierSite.make(tmp_path / "site", owners=True)
+    assert check(site.config, {}).problems == []
+    both = tmp_path / "both.pem"
+    both.write_bytes(site.pki.owner_ca.read_bytes() + site.pki.datacenter_ca.read_bytes())
+    site.config.write_text(site.config.read_text().replace(str(site.pki.owner_ca), str(both)))
+    (problem,) = check(site.config, {}).problems
+    assert problem == f"{both}: lets in whoever has a certificate from a CA in {site.pki.datacenter_ca}"
+    with pytest.raises(InvalidInput, match="lets in whoever has a certificate"):
+        await App(site.config, RecordingLog(), real_surroundings()).start()
+    site.config.write_text(site.config.read_text().replace("[tls]", "[tls]\nallow_single_ca = true"))
+    assert check(site.config, {}).problems == []
+    log = RecordingLog()
+    app = App(site.config, log, real_surroundings())
+    await app.start()
+    await app.stop()
+    assert log.named("verifier.single_ca")
 
 
 def test_settings_that_wait_for_a_restart_are_told_from_those_that_do_not(site: VerifierSite) -> None:

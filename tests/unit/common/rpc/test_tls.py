@@ -211,6 +211,40 @@ def test_one_authority_with_two_trust_domains_is_a_single_one_too(pki: Pki) -> N
     assert single_ca(tls, load_server(tls, NOW))
 
 
+def test_an_owners_listener_that_lets_the_datacenter_in_is_refused_unless_that_is_wanted(
+    pki: Pki, tmp_path: Path
+) -> None:
+    root = pki.stranger()
+    own, below = pki.write_authority(root), pki.forge(Role.ORCHESTRATOR, authority=root, ca=True).cert
+    for shared, theirs in ((own, own), (own, below), (below, below)):
+        bundle = tmp_path / "owners.pem"
+        bundle.write_bytes(pki.owner_ca.read_bytes() + shared.read_bytes())
+        settings: dict[str, Any] = {"client_ca": bundle, "strangers_ca": theirs}
+        with pytest.raises(InvalidInput, match="lets in whoever has a certificate from a CA in") as caught:
+            load_server(pki.admin_tls(**settings), NOW)
+        assert "allow_single_ca" in caught.value.fields["hint"]
+        tls = pki.admin_tls(**settings, allow_single_ca=True)
+        assert single_ca(tls, load_server(tls, NOW))
+
+
+def test_owners_of_two_authorities_are_let_in_where_none_is_the_datacenters(pki: Pki, tmp_path: Path) -> None:
+    bundle = tmp_path / "owners.pem"
+    bundle.write_bytes(pki.owner_ca.read_bytes() + pki.write_authority(pki.stranger()).read_bytes())
+    tls = pki.admin_tls(client_ca=bundle)
+    assert not single_ca(tls, load_server(tls, NOW))
+
+
+def test_a_datacenters_authority_that_owners_come_from_is_not_taken_over_later(pki: Pki, tmp_path: Path) -> None:
+    theirs, log = tmp_path / "datacenter.pem", RecordingLog()
+    theirs.write_bytes(pki.datacenter_ca.read_bytes())
+    watch = CertificateWatch(pki.admin_tls(strangers_ca=theirs), log=log)
+    renew(theirs, pki.owner_ca.read_bytes())
+    assert not watch.poll()
+    assert not watch.healthy
+    (event,) = log.named("tls.reload_failed")
+    assert "lets in whoever has a certificate from a CA in" in event.fields["text"]
+
+
 def test_a_trust_domain_that_is_none_is_refused(pki: Pki) -> None:
     tls = pki.server_tls(Role.AGENT, trust_domain="Not A Domain")
     assert _refusal(lambda: load_server(tls, NOW)) == "tls.trust_domain: 'Not A Domain' is not a trust domain"
