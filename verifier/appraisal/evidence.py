@@ -110,6 +110,9 @@ class ReportEvidence:
     """A genuine attestation report beside the launch that it should show.
 
     Attributes:
+        denied: why the platform's chip is on a deny-list by now, so that its signatures prove nothing; None where it
+            is not.
+        revoked: why anything else of the launch is revoked by now; None where nothing is.
         nonce: in the report, 16 bytes.
         asked_nonce: that it was asked for with, 16 bytes.
         digest: in the report, 32 bytes.
@@ -118,6 +121,8 @@ class ReportEvidence:
         launch_policy: the launch's.
     """
 
+    denied: str | None
+    revoked: str | None
     nonce: bytes
     asked_nonce: bytes
     digest: bytes

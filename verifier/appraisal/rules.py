@@ -184,6 +184,16 @@ def firmware_pdh(evidence: LaunchEvidence) -> Finding | None:
     )
 
 
+def report_chip_revoked(evidence: ReportEvidence) -> Finding | None:
+    """`report.chip_revoked`: the chip was not revoked since: whoever has its key signs what he likes."""
+    return _chip_revoked("report.chip_revoked", evidence.denied)
+
+
+def report_revoked(evidence: ReportEvidence) -> Finding | None:
+    """`report.revoked`: nothing else of the launch was revoked since, its proven firmware included."""
+    return _revoked("report.revoked", evidence.revoked)
+
+
 def report_nonce(evidence: ReportEvidence) -> Finding | None:
     """`report.nonce`: the report answers this request and not an earlier one."""
     if hmac.compare_digest(evidence.nonce, evidence.asked_nonce):
@@ -244,6 +254,8 @@ LAUNCH_RULES: Mapping[str, Callable[[LaunchEvidence], Finding | None]] = Mapping
 )
 REPORT_RULES: Mapping[str, Callable[[ReportEvidence], Finding | None]] = MappingProxyType(
     {
+        "report.chip_revoked": report_chip_revoked,
+        "report.revoked": report_revoked,
         "report.nonce": report_nonce,
         "report.digest": report_digest,
         "report.policy": report_policy,

@@ -3,7 +3,8 @@
 1. the caller has not used its allowance up: each report makes a record, whatever it says;
 2. the launch is the caller's and has released its secrets;
 3. the report is genuine: the PEK of the chain that was verified at begin signed it;
-4. the report is acceptable: nonce, launch digest and policy are those that are due.
+4. the report is acceptable: what vouches for it was not revoked since, and nonce, launch digest and policy are those
+   that are due. A grant or a workload that was withdrawn makes no report untrue, and is not asked for.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from uuid import UUID
 
 from common.errors import Reason, Refused, WrongState
 from common.sev.certs.chain import PlatformChain
+from common.sev.measurement import FirmwareVersion
 from common.sev.report import AttestationReport
 from verifier.appraisal.appraise import appraise_report
 from verifier.appraisal.evidence import Finding, ReportEvidence
 from verifier.appraisal.reference import decode_terms
 from verifier.launches.dependencies import Dependencies, refusal_for
+from verifier.launches.gather import standing_evidence
 from verifier.launches.records import AuditEvent
 from verifier.launches.state import State, ended
 from verifier.launches.steps import owned_launch, record, require_allowance
@@ -42,9 +45,10 @@ class ReportVerifier:
             NotFound: there is no such launch, or it is somebody else's.
             WrongState: the launch has not released its secrets.
             ParseError: the bytes are no report.
-            Refused: BAD_SIGNATURE or REPORT_REFUSED.
+            Refused: BAD_SIGNATURE or REPORT_REFUSED; CHIP_REVOKED or REVOKED.
+            InvalidInput: a document of the owner's that may forbid it cannot be read (INVALID_CONFIGURATION).
             LimitExceeded: too many reports or refusals of this caller (TOO_MANY_REFUSALS).
-            Unavailable: the store has no answer.
+            Unavailable: the store has no answer, or the owner's documents are not as they were sealed.
         """
         now = await self._d.time.now()
         await require_allowance(self._d, caller, now)  # step 1
@@ -60,7 +64,15 @@ class ReportVerifier:
         except Refused as error:
             findings.append(Finding(rule="report.genuine", reason=error.reason, message=error.message))
         else:
-            evidence = ReportEvidence(  # step 4
+            standing = standing_evidence(  # step 4
+                documents=await self._d.library.current(),
+                denied=self._d.denied,
+                row=row,
+                firmware=None if row.firmware is None else FirmwareVersion(*row.firmware),
+            )
+            evidence = ReportEvidence(
+                denied=standing.denied,
+                revoked=standing.revoked,
                 nonce=parsed.nonce,
                 asked_nonce=nonce,
                 digest=parsed.digest,

@@ -84,6 +84,8 @@ LAUNCH = LaunchEvidence(
     pdh_oldest=FirmwareVersion(1, 55, 21),
 )
 REPORT = ReportEvidence(
+    denied=None,
+    revoked=None,
     nonce=b"n" * 16,
     asked_nonce=b"n" * 16,
     digest=b"d" * 32,
@@ -221,16 +223,18 @@ def test_a_version_that_no_measurement_proves_is_not_judged() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "rule"),
+    ("change", "rule", "reason"),
     [
-        ({"nonce": b"m" * 16}, "report.nonce"),
-        ({"digest": b"e" * 32}, "report.digest"),
-        ({"policy": GuestPolicy(value=4)}, "report.policy"),
+        ({"denied": "broken"}, "report.chip_revoked", Reason.CHIP_REVOKED),
+        ({"revoked": "sold"}, "report.revoked", Reason.REVOKED),
+        ({"nonce": b"m" * 16}, "report.nonce", Reason.REPORT_REFUSED),
+        ({"digest": b"e" * 32}, "report.digest", Reason.REPORT_REFUSED),
+        ({"policy": GuestPolicy(value=4)}, "report.policy", Reason.REPORT_REFUSED),
     ],
 )
-def test_a_report_is_refused_by_the_rule_that_it_breaks(change: dict[str, object], rule: str) -> None:
+def test_a_report_is_refused_by_the_rule_that_it_breaks(change: dict[str, object], rule: str, reason: Reason) -> None:
     (finding,) = appraise_report(replace(REPORT, **change))  # type: ignore[arg-type]  # one field at a time
-    assert (finding.rule, finding.reason) == (rule, Reason.REPORT_REFUSED)
+    assert (finding.rule, finding.reason) == (rule, reason)
 
 
 def test_all_findings_are_kept_and_the_first_is_told() -> None:

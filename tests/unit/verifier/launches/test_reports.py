@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 
 from common.errors import Reason, SevattestError
-from tests.support.desk import Desk, desk
-from tests.support.documents import CALLER, STRANGER
+from tests.support.desk import Desk, desk, refused
+from tests.support.documents import CALLER, STRANGER, revocation
 from verifier.launches.launch import Begun
 
 NONCE = b"0123456789abcdef"
@@ -109,3 +110,43 @@ async def test_a_strangers_report_finds_no_launch(tmp_path: Path) -> None:
         with pytest.raises(SevattestError) as caught:
             await verify(d, begun.launch.launch_id, report, caller=STRANGER)
         assert caught.value.reason is Reason.NOT_FOUND
+
+
+async def test_a_report_of_what_was_revoked_since_is_refused_though_it_is_genuine(tmp_path: Path) -> None:
+    async with desk(tmp_path) as d:
+        begun, digest = await launched(d)
+        report = signed(d.platform.keys.pek, nonce=NONCE, digest=digest, policy=begun.policy)
+        younger = {"generation": "emulated", "below": "1.55.25"}
+        cases: list[tuple[dict[str, Any], Reason, str]] = [
+            ({"ceks": [begun.launch.fingerprint]}, Reason.CHIP_REVOKED, "report.chip_revoked"),
+            ({"ceks": [], "generations": ["emulated"]}, Reason.REVOKED, "report.revoked"),
+            ({"ceks": [], "firmware": [younger]}, Reason.REVOKED, "report.revoked"),
+        ]
+        for version, (changes, reason, rule) in enumerate(cases):
+            await d.apply(revocation("incident", str(version), **changes))
+            assert (await refused(verify(d, begun.launch.launch_id, report))).reason is reason
+            last = d.audit(begun.launch.launch_id)[-1]
+            assert last.event == "report.refused"
+            assert [each["rule"] for each in json.loads(last.body)["findings"]] == [rule]
+        await d.apply(revocation("incident", "9", ceks=["0" * 64]))
+        await verify(d, begun.launch.launch_id, report)
+
+
+async def test_a_chip_on_the_deny_list_makes_no_report_that_counts(tmp_path: Path) -> None:
+    async with desk(tmp_path) as d:
+        begun, digest = await launched(d)
+        report = signed(d.platform.keys.pek, nonce=NONCE, digest=digest, policy=begun.policy)
+        d.denied.set_owners([begun.launch.fingerprint])
+        assert (await refused(verify(d, begun.launch.launch_id, report))).reason is Reason.CHIP_REVOKED
+        d.denied.set_owners([])
+        await verify(d, begun.launch.launch_id, report)
+
+
+async def test_a_workload_that_was_withdrawn_does_not_make_a_guests_report_untrue(tmp_path: Path) -> None:
+    async with desk(tmp_path) as d:
+        begun, digest = await launched(d)
+        d.remove("Workload", "web")
+        await d.library.load()
+        await verify(
+            d, begun.launch.launch_id, signed(d.platform.keys.pek, nonce=NONCE, digest=digest, policy=begun.policy)
+        )
