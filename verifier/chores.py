@@ -15,7 +15,7 @@ from common.amd.kds import KeyService
 from common.audit.chain import Head, broken, verify_chain
 from common.audit.checkpoint import checkpoint_claims
 from common.audit.jws import CHECKPOINT_TYPE
-from common.errors import SevattestError, Unavailable
+from common.errors import Reason, SevattestError
 from common.sev.certs.roots import Root
 from common.telemetry.log import Log
 from verifier.config import AuditConfig
@@ -35,6 +35,8 @@ _REWRAP_BATCH = 100
 _RECORDS = 200  # verified at once before a checkpoint: some milliseconds
 # Where nothing is left to re-wrap; new keys come with a SIGHUP, which wakes the chore.
 _REWRAP_PAUSE_S = 60.0
+# Whatever was looked at: it is the store that did not answer, and nothing is said of what could not be read.
+_STORE = frozenset({Reason.STORE_UNAVAILABLE, Reason.OUTCOME_UNKNOWN})
 _AHEAD = "the clock is, or just was, far ahead of what others store; or theirs is behind"
 
 
@@ -134,7 +136,8 @@ async def sweep(
     """Ends launches whose time ran out, erases packets a day after release, signs the log.
 
     Watches what no launch goes on without, too: the store, the clock, the sealing key, a log that is the one it signed,
-    documents that are as they were sealed (`documents` reads them again).
+    documents that are as they were sealed (`documents` reads them again). Each is looked at whatever became of the
+    others: who has broken one must not have the next go unseen.
     """
 
     async def tend() -> None:
@@ -160,16 +163,17 @@ async def sweep(
         ("documents", "documents.unavailable", documents),
     )
     while True:
+        said = set[tuple[str, str]]()
         for cause, event, look in watched:
             try:
                 await look()
                 ready(cause, True)  # noqa: FBT003 -- a cause and whether it holds
             except SevattestError as error:
                 ready(cause, False)  # noqa: FBT003 -- the same
-                if cause == "audit" and isinstance(error, Unavailable):
-                    event = "store.unavailable"  # noqa: PLW2901 -- what cannot be read is not for that broken
-                log.error(event, error=error)  # noqa: TRY400 -- our log's own method
-                break  # the next one may need it
+                line = ("store.unavailable" if error.reason in _STORE else event, error.message)
+                if line not in said:  # a store that is away is so for all of them
+                    log.error(line[0], error=error)  # noqa: TRY400 -- our log's own method
+                said.add(line)
         await asyncio.sleep(interval)
 
 

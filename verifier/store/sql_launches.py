@@ -27,6 +27,7 @@ from verifier.store.sql_rows import (
     COLUMNS_OF_LAUNCH,
     LAUNCH_COLUMNS,
     firmware_text,
+    id_of,
     key_cells,
     launch_of,
     stamp,
@@ -92,7 +93,7 @@ class Launches(OverEngine):
         return Known(
             time=None if time is None else time_of(time),
             revision=revision,
-            request=None if content is None else RequestRow(key=key, content=content, launch_id=UUID(opened)),
+            request=None if content is None else RequestRow(key=key, content=content, launch_id=id_of(opened)),
             launch=launch_of(launch[3:]) if launch and launch[3] is not None else None,
             pdh_oldest=launch[:3] if launch and launch[0] is not None else None,
             ledger=_ledger_of(ledger) if ledger and ledger[0] is not None else _UNSPENT,
@@ -103,7 +104,7 @@ class Launches(OverEngine):
         row = await self._row(
             "SELECT content, launch_id FROM request WHERE caller=? AND method=? AND request_id=?", *key_cells(key)
         )
-        return None if row is None else RequestRow(key=key, content=row[0], launch_id=UUID(row[1]))
+        return None if row is None else RequestRow(key=key, content=row[0], launch_id=id_of(row[1]))
 
     async def launch(self, launch_id: UUID) -> LaunchRow | None:
         """See `Store`."""
@@ -143,7 +144,7 @@ class Launches(OverEngine):
                 "ORDER BY expire_time LIMIT ?",
                 *(grant, state, stamp(time), limit),
             )
-        return [UUID(row[0]) for row in rows]
+        return [id_of(row[0]) for row in rows]
 
     async def count_open(self) -> int:
         """See `Store`."""
@@ -180,7 +181,7 @@ class Launches(OverEngine):
             *(() if before is None else (str(before),)),
             count - 1,
         )
-        return None if row is None else UUID(row[0])
+        return None if row is None else id_of(row[0])
 
     async def ledger(self, grant: str) -> LedgerRow:
         """See `Store`."""
@@ -198,7 +199,7 @@ class Launches(OverEngine):
             "SELECT launch_id FROM launch WHERE measurement=? AND launch_id<>? ORDER BY end_time LIMIT 1",
             *(measurement, str(besides)),
         )
-        return None if row is None else UUID(row[0])
+        return None if row is None else id_of(row[0])
 
     # Writing.
 

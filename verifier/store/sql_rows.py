@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
+from common.errors import Unavailable
 from verifier.store.engine import unavailable
 from verifier.store.rows import (
     AdminRequest,
@@ -52,7 +53,23 @@ def time_of(stored: int) -> datetime:
     try:
         return _EPOCH + stored * _MICROSECOND
     except OverflowError:
-        raise unavailable("the store holds a time that is none: somebody else wrote to it") from None
+        raise _strange("a time") from None
+
+
+def id_of(stored: str) -> UUID:
+    """A stored id.
+
+    Raises:
+        Unavailable: it is none that was written here (STORE_UNAVAILABLE).
+    """
+    try:
+        return UUID(stored)
+    except ValueError:
+        raise _strange("an id") from None
+
+
+def _strange(what: str) -> Unavailable:
+    return unavailable(f"the store holds {what} that is none: somebody else wrote to it")
 
 
 def launch_of(row: tuple[Any, ...]) -> LaunchRow:
@@ -62,13 +79,13 @@ def launch_of(row: tuple[Any, ...]) -> LaunchRow:
     tek, tik = cells.pop("tek"), cells.pop("tik")
     end, audit_id, firmware = (cells.pop(name) for name in ("end_time", "audit_id", "firmware"))
     return LaunchRow(
-        launch_id=UUID(cells.pop("launch_id")),
+        launch_id=id_of(cells.pop("launch_id")),
         create_time=time_of(cells.pop("create_time")),
         expire_time=time_of(cells.pop("expire_time")),
         end_time=None if end is None else time_of(end),
         keys=None if tek is None else SealedKeys(key_id=tek[KEY_ID_IN_BLOB], tek=tek, tik=tik),
         packet=None if header is None else Packet(header=header, payload=payload, receipt=receipt),
-        audit_id=None if audit_id is None else UUID(audit_id),
+        audit_id=None if audit_id is None else id_of(audit_id),
         grant=cells.pop("grant_name"),
         firmware=None if firmware is None else _version(firmware),
         **cells,
@@ -81,8 +98,11 @@ def firmware_text(firmware: tuple[int, int, int] | None) -> str | None:
 
 
 def _version(stored: str) -> tuple[int, int, int]:
-    major, minor, build = stored.split(".")
-    return int(major), int(minor), int(build)
+    try:
+        major, minor, build = (int(part) for part in stored.split("."))
+    except ValueError:
+        raise _strange("a version") from None
+    return major, minor, build
 
 
 def key_cells(key: RequestKey) -> tuple[str, str, str]:
@@ -94,10 +114,10 @@ def audit_of(row: tuple[Any, ...]) -> AuditRow:
     """The record in a row of `AUDIT_COLUMNS`."""
     audit_id, time, event, launch_id, caller, reason, body = row
     return AuditRow(
-        audit_id=UUID(audit_id),
+        audit_id=id_of(audit_id),
         time=time_of(time),
         event=event,
-        launch_id=None if launch_id is None else UUID(launch_id),
+        launch_id=None if launch_id is None else id_of(launch_id),
         caller=caller,
         reason=reason,
         body=body,
