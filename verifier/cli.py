@@ -217,8 +217,8 @@ def _audit(args: argparse.Namespace) -> int:
             "launch_id": None if row.launch_id is None else str(row.launch_id),
             "caller": row.caller,
             "reason": row.reason,
-            **json.loads(row.body),
         }
+        record = {**record, **_body(row.body), **record}
         print(json.dumps(record) if args.json else _words(record))
     return 0
 
@@ -236,13 +236,26 @@ def _uuid(option: str, text: str) -> UUID:
 _SUBJECT = ("time", "event", "kind", "name", "version", "launch_id", "reason", "caller")
 
 
+def _body(text: str) -> dict[str, Any]:
+    """The members of a record's body. Whoever wrote to the database may have written anything, and hides no other."""
+    try:
+        body = json.loads(text)
+    except (ValueError, RecursionError):
+        body = None
+    return body if isinstance(body, dict) else {"body": text}
+
+
 def _words(record: dict[str, Any]) -> str:
-    lines = ["  ".join(str(record[name]) for name in _SUBJECT if record.get(name))]
-    lines += [f"  {finding['rule']}: {finding['message']}" for finding in record.get("findings", ())]
-    if record.get("explanation"):
-        lines.append(f"  explanation: {record['explanation']['sentence']}")
-    lines.append(f"  audit id {record['audit_id']}")
-    return "\n".join(lines)
+    try:
+        told = [f"{finding['rule']}: {finding['message']}" for finding in record.get("findings", ())]
+        if record.get("explanation"):
+            told.append(f"explanation: {record['explanation']['sentence']}")
+    except (KeyError, TypeError):
+        told = ["its body is none that a verifier writes"]
+    first = "  ".join(str(record[name]) for name in _SUBJECT if record.get(name))
+    lines = [first, *(f"  {each}" for each in (*told, f"audit id {record['audit_id']}"))]
+    # No terminal is told what to do.
+    return "\n".join("".join(letter if letter.isprintable() else "?" for letter in line) for line in lines)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 from uuid import uuid4
+
+import msgspec
 
 from common.audit.chain import GENESIS, broken, verify_chain
 from common.clock import SystemClock
@@ -31,6 +33,26 @@ _DIFFERENCES_MAX = 1000
 _PLAIN = re.compile(r"[A-Za-z0-9.+_-]+")
 
 _Place = tuple[str, str, str]  # kind, name, version
+_Body = TypeVar("_Body")
+
+
+class _Deleted(msgspec.Struct):
+    kind: str
+    name: str
+
+
+class _Applied(_Deleted):
+    version: str
+    sha256: str
+
+
+class _Found(_Deleted):
+    version: str
+    sha256: str | None
+
+
+class _Sealed(msgspec.Struct):
+    documents: list[_Found]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,22 +180,26 @@ async def seal_reviewed(store: Store, seal: DocumentSeal, found: Review, digest:
 
 def _note(logged: dict[_Place, str], chained: ChainedRecord) -> None:
     """Bring what should be there up to one record."""
+    match chained.record.event:
+        case AuditEvent.DOCUMENT_APPLIED:
+            applied = _body(chained, _Applied)
+            logged[applied.kind, applied.name, applied.version] = applied.sha256
+        case AuditEvent.DOCUMENT_DELETED:
+            deleted = _body(chained, _Deleted)
+            for place in [each for each in logged if each[:2] == (deleted.kind, deleted.name)]:
+                del logged[place]
+        case _:
+            for each in _body(chained, _Sealed).documents:
+                if each.sha256 is None:
+                    logged.pop((each.kind, each.name, each.version), None)
+                else:
+                    logged[each.kind, each.name, each.version] = each.sha256
+
+
+def _body(chained: ChainedRecord, form: type[_Body]) -> _Body:
     try:
-        body = json.loads(chained.record.body)
-        match chained.record.event:
-            case AuditEvent.DOCUMENT_APPLIED:
-                logged[body["kind"], body["name"], body["version"]] = body["sha256"]
-            case AuditEvent.DOCUMENT_DELETED:
-                for place in [each for each in logged if each[:2] == (body["kind"], body["name"])]:
-                    del logged[place]
-            case _:
-                for each in body["documents"]:
-                    place, sha256 = (each["kind"], each["name"], each["version"]), each["sha256"]
-                    if sha256 is None:
-                        logged.pop(place, None)
-                    else:
-                        logged[place] = sha256
-    except (KeyError, TypeError, ValueError):
+        return msgspec.json.decode(chained.record.body, type=form)
+    except (ValueError, RecursionError):  # msgspec's own error is a ValueError
         raise broken(chained.number, "is none that a verifier writes") from None
 
 

@@ -62,19 +62,33 @@ def run_list(args: argparse.Namespace) -> int:
 
 def _as_object(record: AuditRecord) -> dict[str, Any]:
     """One flat object: the record's members, those of its body, and its place."""
-    members = json.loads(record.json)
-    body = json.loads(members.pop("body"))
-    return {"number": record.number, "hash": record.hash, **members, "time": record.time.isoformat(), **body}
+    members = _object(record.json)
+    text = members.pop("body", None)
+    own = {"number": record.number, "hash": record.hash, **members, "time": record.time.isoformat()}
+    # Whoever wrote to the database may have written anything: it is shown as it is, and hides no other record.
+    return {**own, **(_object(text) or {"body": text}), **own}
+
+
+def _object(text: object) -> dict[str, Any]:
+    """The members that a JSON text has; none of what is no object."""
+    try:
+        value = json.loads(text) if isinstance(text, str) else None
+    except (ValueError, RecursionError):
+        value = None
+    return value if isinstance(value, dict) else {}
 
 
 def _lines(record: AuditRecord) -> Iterator[str]:
     members = _as_object(record)
     words = [str(members[name]) for name in _SUBJECT if members.get(name)]
-    yield "  ".join([str(record.number), when(record.time), record.event, *map(clean, words)])
-    yield from (f"  {each['rule']}: {clean(each['message'])}" for each in members.get("findings", ()))
-    if explanation := members.get("explanation"):
-        yield f"  explanation: {clean(explanation['sentence'])}"
-    yield f"  audit id {record.audit_id}"
+    yield "  ".join([str(record.number), when(record.time), *map(clean, (record.event, *words))])
+    try:
+        told = [f"{each['rule']}: {each['message']}" for each in members.get("findings", ())]
+        if explanation := members.get("explanation"):
+            told.append(f"explanation: {explanation['sentence']}")
+    except (KeyError, TypeError):
+        told = ["its body is none that a verifier writes"]
+    yield from (f"  {clean(each)}" for each in (*told, f"audit id {record.audit_id}"))
 
 
 def add_verify(parser: argparse.ArgumentParser) -> None:
@@ -191,14 +205,8 @@ async def _reached(records: AsyncIterator[AuditRecord], signed: Sequence[SignedH
 def _link(record: AuditRecord) -> Link:
     from common.audit.chain import Link
 
-    try:
-        fields = json.loads(record.json)
-    except ValueError:
-        fields = {}
     # What is no JSON has no hash that fits.
-    return Link(
-        number=record.number, hash=bytes.fromhex(record.hash), fields=fields if isinstance(fields, dict) else {}
-    )
+    return Link(number=record.number, hash=bytes.fromhex(record.hash), fields=_object(record.json))
 
 
 def _say_verified(args: argparse.Namespace, head: Head, checkpoints: int, covered: int, start: Head | None) -> None:

@@ -153,4 +153,4 @@ def _lines(judgement: Judgement) -> list[str]:
     by = "no workload" if version is None else f"workload version {version}"
     grant = "" if judgement.grant is None else f", grant {judgement.grant}"
     verdict = "accepted" if judgement.accepted else "refused"
-    return [f"{verdict}: {by}{grant}", *(f"  {each.rule}: {clean(each.message)}" for each in judgement.findings)]
+    return [f"{verdict}: {by}{grant}", *(f"  {clean(each.rule)}: {clean(each.message)}" for each in judgement.findings)]

@@ -114,7 +114,7 @@ def _description(launch: OwnedLaunch) -> Iterator[str]:
     for name, value in known.items():
         if value:
             yield f"  {name:<11}  {clean(value)}"
-    yield from (f"  {each.rule}: {clean(each.message)}" for each in launch.findings)
+    yield from (f"  {clean(each.rule)}: {clean(each.message)}" for each in launch.findings)
 
 
 def add_watch(parser: argparse.ArgumentParser) -> None:

@@ -114,6 +114,14 @@ def _garbled(records: Any) -> None:
     records[2].json = "}{"
 
 
+def _nested(records: Any) -> None:
+    records[2].json = "[" * 100_000
+
+
+def _deep(records: Any) -> None:
+    records[2].json = '{"body":' * 900 + "1" + "}" * 900
+
+
 def _another_hash(records: Any) -> None:
     records[5].hash = bytes(32)
 
@@ -130,6 +138,8 @@ def _another_hash(records: Any) -> None:
         (_cut, 4),
         (_emptied, 1),
         (_garbled, 3),
+        (_nested, 3),
+        (_deep, 3),
         (_another_hash, 6),
     ],
 )
@@ -378,3 +388,29 @@ def test_an_empty_log_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     said = admin.run("audit", "verify", "--json")
     assert (json.loads(said.out)["records"], said.code) == (0, 0)
     assert admin.run("audit", "verify").out.startswith("the audit log is whole: no record after 0, ")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"findings": [{"rule": "r\x1b[2J", "message": "m\x1b[2J"}], "explanation": {"sentence": "s\x1b[2J"}},
+        {"name": "n\x1b[2J", "findings": 5},
+        {"findings": [{}], "explanation": 5},
+        [],
+        "\x1b[2J",
+    ],
+)
+def test_a_record_that_somebody_wrote_is_shown_and_tells_no_terminal_what_to_do(admin: LocalAdmin, body: Any) -> None:
+    def spoil(answer: Any) -> Any:
+        record = answer.records[1]
+        members = json.loads(record.json) | {"body": json.dumps(body), "caller": "c\x1b[2J"}
+        record.event, record.audit_id, record.json = "e\x1b[2J", "i\x1b[2J", json.dumps(members)
+        return answer
+
+    admin.faults.spoil = {"ListAuditRecords": spoil}
+    said = admin.run("audit", "list")
+    assert (said.code, said.err) == (0, "")
+    assert "i?[2J" in said.out
+    assert "\x1b" not in said.out
+    assert len(said.out.split("audit id")) == RECORDS + 1
+    assert admin.run("audit", "list", "--json").code == 0

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import stat
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from common.telemetry.endpoint import MetricsConfig
 from tests.support.documents import CALLER, SECRET_GUID, grant, platform, revocation, write_document
 from tests.support.documents import workload as document
 from tests.support.recording_log import RecordingLog
+from tests.support.store_rows import audit as record
 from tests.support.verifier_process import VerifierSite
 from verifier.app import App, real_surroundings
 from verifier.appraisal import authority
@@ -46,6 +49,7 @@ from verifier.launches.records import AuditEvent
 from verifier.library.documents import snapshot
 from verifier.library.folder import read_folder
 from verifier.library.warnings import warnings_for
+from verifier.store.sqlite import SqliteStore
 
 STRUCTS = (
     *(TlsConfig, HealthConfig, PlatformsConfig, KdsConfig, LimitsConfig),
@@ -306,6 +310,37 @@ def test_audit_without_a_store_is_told(site: VerifierSite, capsys: pytest.Captur
     code, out, err = command(capsys, "audit", "--config", str(site.config))
     assert (code, out) == (3, "")
     assert err.startswith("sev-verifier: the store cannot open")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"findings": [{"rule": "r\\u001b[2J", "message": "m"}], "explanation": {"sentence": "s\\u001b[2J"}}',
+        '{"findings": 5}',
+        '{"explanation": {}}',
+        "[" * 100_000,
+        "[]",
+        "{",
+    ],
+)
+def test_audit_shows_what_somebody_wrote_and_tells_no_terminal_what_to_do(
+    site: VerifierSite, capsys: pytest.CaptureFixture[str], body: str
+) -> None:
+    async def fill() -> None:
+        store = SqliteStore(site.folder / "state")
+        await store.open()
+        for event, said in (("launch.refused\x1b[2J", body), ("launch.begun", "{}")):
+            await store.record(replace(record(event, body=said), caller="c\x1b[2J"))
+        await store.close()
+
+    asyncio.run(fill())
+    code, out, err = command(capsys, "audit", "--config", str(site.config))
+    assert (code, err) == (0, "")
+    assert "launch.refused?[2J" in out
+    assert "\x1b" not in out
+    assert out.count("  audit id ") == 2
+    code, out, _ = command(capsys, "audit", "--config", str(site.config), "--json")
+    assert [json.loads(line)["event"] for line in out.splitlines()] == ["launch.refused\x1b[2J", "launch.begun"]
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,11 @@ from verifier import chores
 from verifier.config import AuditConfig
 from verifier.store.sqlite_file import FILE_NAME
 
+ANOTHER_RECORD = """
+INSERT INTO audit SELECT number+1, hash, 'none', time, event, launch_id, caller, reason, body FROM audit;
+UPDATE audit_head SET number=number+1
+"""
+
 
 @contextlib.asynccontextmanager
 async def swept(d: Desk, signing: AuditConfig | None = None) -> AsyncIterator[list[tuple[str, bool]]]:
@@ -128,11 +133,7 @@ async def test_what_is_wrong_with_the_store_is_said_once_in_a_sweep(
 @pytest.mark.parametrize(
     ("meddling", "unready"),
     [
-        (
-            "INSERT INTO audit SELECT number+1, hash, 'none', time, event, launch_id, caller, reason, body FROM audit "
-            "ORDER BY number DESC LIMIT 1; UPDATE audit_head SET number=number+1",
-            "audit",
-        ),
+        (ANOTHER_RECORD, "audit"),
         ("UPDATE launch SET expire_time=0, audit_id='none'", "store"),
         ("UPDATE launch SET expire_time=0, firmware='new'", "store"),
         ("UPDATE launch SET expire_time=0, create_time=9223372036854775807", "store"),

@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
@@ -18,6 +19,7 @@ from tests.support.recording_log import RecordingLog
 from verifier.admin.filed import Kind
 from verifier.admin.sealing import Review, review, seal_reviewed
 from verifier.store.engine import Value
+from verifier.store.rows import AuditRow
 
 INSERT = "INSERT INTO document (kind, name, version, text, is_json, apply_time) VALUES (?, ?, ?, ?, 1, 0)"
 
@@ -163,3 +165,24 @@ async def test_a_record_takes_so_many_differences_and_no_more(site: OwnerSite, m
     await write(site, "DELETE FROM document WHERE name='mine'")
     await seal_as_shown(site, (await look(site)).digest)
     assert (await look(site)).problem is None
+
+
+@pytest.mark.parametrize(
+    ("event", "body"),
+    [
+        ("document.applied", "[" * 100_000),
+        ("document.applied", '{"kind": 1, "name": "a", "version": "1", "sha256": ""}'),
+        ("document.applied", '{"kind": "Grant", "name": "a", "version": "1", "sha256": 5}'),
+        ("document.deleted", '{"kind": [], "name": "a"}'),
+        ("documents.sealed", '{"documents": [{"kind": "Grant", "name": "a", "version": 1, "sha256": null}]}'),
+    ],
+)
+async def test_a_record_that_no_verifier_writes_is_a_log_that_does_not_hold(
+    site: OwnerSite, event: str, body: str
+) -> None:
+    time = site.desk.clock.now()
+    row = AuditRow(audit_id=uuid4(), time=time, event=event, launch_id=None, caller=None, reason=None, body=body)
+    await site.desk.store.record(row)
+    found = await look(site)
+    assert found.log_problem == "audit log: record 4 is none that a verifier writes"
+    assert len(list(found.lines)) == 3
