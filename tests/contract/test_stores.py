@@ -314,6 +314,25 @@ async def test_a_ledger_becomes_what_the_spending_says_and_is_its_grants_own(sto
     assert await store.ledger("h") == LedgerRow()
 
 
+async def test_a_ledger_at_a_time_leaves_out_the_open_launches_that_are_overdue_then(store: SqlStore) -> None:
+    minutes = [timedelta(minutes=each) for each in (5, 5, 10)]
+    first, *_ = new = [opening(expire=NOW + each, spending=BEGIN) for each in minutes]
+    others = [opening(expire=NOW, spending=Spending(grant="h", change=count_open)), opening(expire=NOW)]
+    for each in (*new, *others):
+        await store.open_launch(each)
+    await store.move(release(first.launch.launch_id, spending=RELEASED))
+    for at, still_open in ((None, 2), (timedelta(minutes=4), 2), (timedelta(minutes=5), 1), (timedelta(minutes=10), 0)):
+        row = await store.ledger("g", at=None if at is None else NOW + at)
+        assert row == LedgerRow(open=still_open, released=1)
+    assert await store.ledger("g") == LedgerRow(open=2, released=1)
+
+
+async def test_a_ledger_that_somebody_else_wrote_to_is_never_less_than_empty(store: SqlStore) -> None:
+    await store.open_launch(opening(expire=NOW, spending=Spending(grant="g", change=lambda row: replace(row, open=0))))
+    await store.record(audit(), Spending(grant="g", change=lambda row: replace(row, refused=1)))
+    assert await store.ledger("g", at=NOW) == LedgerRow(refused=1)
+
+
 async def test_a_spending_that_refuses_passes_through_and_changes_nothing(store: SqlStore) -> None:
     refusal = Refused(Reason.GRANT_EXHAUSTED, "the grant is spent", grant="g")
 

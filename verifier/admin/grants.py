@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Protocol
 
 from common.errors import NotFound, Reason
@@ -32,8 +33,8 @@ class GrantStatus:
 class LedgerStore(Protocol):
     """What is asked of a store here."""
 
-    async def ledger(self, grant: str) -> LedgerRow:
-        """How far a grant is spent."""
+    async def ledger(self, grant: str, *, at: datetime | None = None) -> LedgerRow:
+        """How far a grant is spent, without the open launches whose time ran out by `at`."""
         ...
 
 
@@ -54,13 +55,13 @@ class GrantDesk:
             Unavailable: the store has no answer.
         """
         snapshot = await self._library.current()
-        spent = await self._store.ledger(name)
+        now = await self._time.now()
+        spent = await self._store.ledger(name, at=now)
         grant = snapshot.grant(name)
         if grant is None:
             if spent == LedgerRow():
                 raise NotFound(Reason.NOT_FOUND, f"there is no Grant {name}")
             return GrantStatus(document=None, spent=spent, reason=Reason.NOT_FOUND)
-        now = await self._time.now()
         reason = reason_against(grant, now) or ledger.reason_against(spent, grant, now)
         document = filed(snapshot.versions("Grant", name)[0], snapshot)
         return GrantStatus(document=document, spent=spent, reason=reason)

@@ -68,8 +68,8 @@ class SimulateStore(Protocol):
         """The verified chain of a platform, 8336 bytes."""
         ...
 
-    async def ledger(self, grant: str) -> LedgerRow:
-        """How far a grant is spent."""
+    async def ledger(self, grant: str, *, at: datetime | None = None) -> LedgerRow:
+        """How far a grant is spent, without the open launches whose time ran out by `at`."""
         ...
 
     async def sighted(self, pdh_fingerprint: bytes) -> tuple[int, int, int] | None:
@@ -205,7 +205,7 @@ class SimulateDesk:
                 now=bench.now,
             )
             if bench.grant is not None:
-                ledger.begin(await self._store.ledger(bench.grant.name), bench.grant, bench.now)
+                ledger.begin(await self._store.ledger(bench.grant.name, at=bench.now), bench.grant, bench.now)
         except Refused as error:
             bench.findings.append(authority.finding(error))
         except LimitExceeded as error:

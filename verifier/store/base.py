@@ -123,8 +123,13 @@ class Store(Protocol):
         """
         ...
 
-    async def ledger(self, grant: str) -> LedgerRow:
-        """How far a grant is spent."""
+    async def ledger(self, grant: str, *, at: datetime | None = None) -> LedgerRow:
+        """How far a grant is spent.
+
+        Args:
+            grant: its name.
+            at: open launches whose expiry is not after it are left out: begin ends them before it is short of room.
+        """
         ...
 
     async def sighted(self, pdh_fingerprint: bytes) -> tuple[int, int, int] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Sequence
+from dataclasses import replace
 from datetime import datetime
 from functools import cache
 from uuid import UUID
@@ -183,10 +184,20 @@ class Launches(OverEngine):
         )
         return None if row is None else id_of(row[0])
 
-    async def ledger(self, grant: str) -> LedgerRow:
+    async def ledger(self, grant: str, *, at: datetime | None = None) -> LedgerRow:
         """See `Store`."""
-        row = await self._row("SELECT open, released, refused, rate_time FROM ledger WHERE grant_name=?", grant)
-        return LedgerRow() if row is None else _ledger_of(row)
+        # In one statement: a launch that is ended meanwhile is left out once.
+        row = await self._row(
+            "SELECT open, released, refused, rate_time, "
+            "(SELECT count(*) FROM launch WHERE grant_name=? AND state='open' AND expire_time<=?) "
+            "FROM ledger WHERE grant_name=?",
+            *(grant, -1 if at is None else stamp(at), grant),
+        )
+        if row is None:
+            return LedgerRow()
+        ledger, overdue = _ledger_of(row), int(row[4])
+        # No less than nothing, where somebody else wrote to the database (`grant.unsettled`).
+        return replace(ledger, open=max(ledger.open - overdue, 0))
 
     async def sighted(self, pdh_fingerprint: bytes) -> tuple[int, int, int] | None:
         """See `Store`."""

@@ -143,6 +143,22 @@ async def test_a_grants_status_counts_what_was_spent(site: OwnerSite) -> None:
     assert spent.document.version == "1"
 
 
+async def test_a_grants_status_counts_no_reservation_whose_time_ran_out(site: OwnerSite) -> None:
+    await site.apply(grant(at_once=2))
+    await site.desk.begin(caller=STRANGER)
+    site.desk.clock.advance(timedelta(minutes=6))
+    await site.desk.begin(caller=STRANGER)
+    full = await site.owner.grants.status("fleet")
+    assert (full.spent.open, full.reason) == (2, Reason.GRANT_BUSY)
+    site.desk.clock.advance(timedelta(minutes=6))
+    room = await site.owner.grants.status("fleet")
+    assert (room.spent.open, room.reason) == (1, None)
+    # Begin says so, too: it is what gives the reservation back, and asking did not.
+    assert (await site.desk.store.ledger("fleet")).open == 2
+    await site.desk.begin(caller=STRANGER)
+    assert (await site.owner.grants.status("fleet")).spent.open == 2
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [

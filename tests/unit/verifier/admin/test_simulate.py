@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -145,6 +146,18 @@ async def test_the_grant_is_chosen_as_at_begin_and_its_ledger_asked(site: OwnerS
     assert rules(await site.owner.simulate.supposed(spending, [], FIRMWARE)) == ["grant.busy"]
     more = [text(grant("fleet", "2", launches=2))]
     assert (await site.owner.simulate.supposed(spending, more, FIRMWARE)).accepted
+
+
+async def test_a_reservation_whose_time_ran_out_is_given_back_as_at_begin(site: OwnerSite) -> None:
+    await site.apply(grant(launches=1))
+    spending = supposed(site, caller=STRANGER)
+    await site.desk.begin(caller=STRANGER)
+    site.desk.clock.advance(timedelta(minutes=9))
+    assert rules(await site.owner.simulate.supposed(spending, [], FIRMWARE)) == ["grant.busy"]
+    site.desk.clock.advance(timedelta(minutes=1))
+    assert (await site.owner.simulate.supposed(spending, [], FIRMWARE)).accepted
+    await site.desk.begin(caller=STRANGER)
+    assert rules(await site.owner.simulate.supposed(spending, [], FIRMWARE)) == ["grant.busy"]
 
 
 async def test_a_spent_grant_is_found(site: OwnerSite) -> None:
