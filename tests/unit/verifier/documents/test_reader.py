@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tests.support import documents
 from verifier.documents import form, form_grant, form_platform, form_revocation, form_workload
-from verifier.documents.reader import KINDS, Document, kind_of, read_document, written_out
+from verifier.documents.reader import FORMS, KINDS, Document, kind_of, read_document, written_out
 from verifier.documents.text import InvalidDocument, spelled_as_json
 
 ALL = [documents.workload(), documents.grant(), documents.platform(), documents.revocation()]
@@ -74,6 +74,86 @@ def test_an_unknown_key_is_refused_with_its_path(content: dict[str, Any]) -> Non
         with pytest.raises(InvalidDocument) as caught:
             documents.read(changed)
         assert caught.value.problems == (f"{path}object contains unknown field `colour`",)
+
+
+def problems(content: dict[str, Any], **spec: Any) -> tuple[str, ...]:
+    with pytest.raises(InvalidDocument) as caught:
+        documents.read({**content, "spec": {**content["spec"], **spec}})
+    return caught.value.problems
+
+
+def test_all_that_has_no_place_in_a_form_is_said_at_once() -> None:
+    changed = documents.grant(launches="10", at_once=2.5, suspended="yes", colour="red", callers=["a", 1, None])
+    changed["metadata"] = {"version": 1.0}
+    del changed["spec"]["workload"]
+    assert sorted(problems(changed)) == sorted(
+        (
+            "metadata.version: expected `str`, got `float`: put it into quotes",
+            "metadata: object missing required field `name`",
+            "spec.callers[1]: expected `str`, got `int`: put it into quotes",
+            "spec.callers[2]: expected `str`, got `null`",
+            "spec.launches: expected `int`, got `str`",
+            "spec.at_once: expected `int`, got `float`",
+            "spec.suspended: expected `bool`, got `str`",
+            "spec: object contains unknown field `colour`",
+            "spec: object missing required field `workload`",
+        )
+    )
+
+
+def test_what_lies_deeper_is_said_with_its_path_too() -> None:
+    secrets = [
+        {"guid": 1, "source": {"stored": {"name": "x", "version": "2"}}},
+        {"source": {"vault": {"mount": "kv", "path": 7}}},
+        {"guid": "g", "source": {"generated": "words"}},
+        "secret",
+    ]
+    measure = {"firmware": "f", "vcpus": [1, 2.5, None], "flavours": 1}
+    found = problems(
+        documents.workload(),
+        measure=measure,
+        secrets=secrets,
+        floors={"milan": 1.5, "rome": "1.2.3", "naples": None},
+        platforms="any",
+        digests=["d", 1, {"digest": "d"}],
+        policy={"allow": ["no-es", "all"], "domain": 1},
+    )
+    assert sorted(each.partition(": ")[0] for each in found) == [
+        "spec.digests[1]",
+        "spec.digests[2]",
+        "spec.floors.milan",
+        "spec.floors.naples",
+        "spec.measure.flavours",
+        "spec.measure.vcpus[1]",
+        "spec.measure.vcpus[2]",
+        "spec.platforms",
+        "spec.policy.allow[1]",
+        "spec.policy.domain",
+        "spec.secrets[0].guid",
+        "spec.secrets[0].source.stored.version",
+        "spec.secrets[1]",
+        "spec.secrets[1].source.vault",
+        "spec.secrets[1].source.vault.path",
+        "spec.secrets[2].source.generated",
+        "spec.secrets[3]",
+    ]
+
+
+@given(data=st.data())
+def test_each_problem_of_a_value_is_found_where_it_is_alone(data: st.DataObject) -> None:
+    """What is said of several wrong values is what is said of each alone, and nothing is wrong without a word."""
+    content = json.loads(json.dumps(data.draw(st.sampled_from(ALL))))
+    keys = data.draw(st.lists(st.sampled_from(sorted(content["spec"])), min_size=1, max_size=3, unique=True))
+    values = {key: data.draw(_values(4)) for key in keys}
+
+    def said(changes: dict[str, Any]) -> set[str]:
+        try:
+            form.fill_in(FORMS[content["kind"]], {**content, "spec": {**content["spec"], **changes}})
+        except InvalidDocument as error:
+            return set(error.problems)
+        return set()
+
+    assert said(values) == set().union(*(said({key: value}) for key, value in values.items()))
 
 
 def test_a_text_that_begins_with_a_brace_is_json() -> None:
