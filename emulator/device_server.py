@@ -144,7 +144,7 @@ class _Connection:
         try:
             return self._descriptor.issue(command, payload)
         except Exception as error:  # noqa: BLE001 -- a defect or a full disk must not end the platform of everybody else
-            print(f"sevattest platform: command 0x{command:x} failed: {error!r}", file=sys.stderr)  # noqa: T201
+            print(f"sevattest platform: command 0x{command:x} failed: {error!r}", file=sys.stderr)  # noqa: T201 -- a program's own stderr
             return Reply(errno.EIO, NO_FIRMWARE_CALL, b"")
 
     def _open(self, command: int, payload: bytes) -> Reply:

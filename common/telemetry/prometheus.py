@@ -16,7 +16,7 @@ from common.telemetry.metrics import Counter, Gauge, Histogram, Reading
 CONTENT_TYPE = library.CONTENT_TYPE_PLAIN_0_0_4
 
 # A second series beside each, with the time of its first figure: nobody asks for it.
-library.disable_created_metrics()  # type: ignore[no-untyped-call]
+library.disable_created_metrics()  # type: ignore[no-untyped-call]  # the library has no types here
 
 
 class PrometheusMeter:

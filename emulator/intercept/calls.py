@@ -116,7 +116,7 @@ class Calls:
             self._listener.answer(call, refusal.errno)
         except Exception as error:  # noqa: BLE001 -- a defect must not leave the program waiting for ever
             with suppress(OSError):
-                print(f"sevattest platform: ioctl 0x{call.arguments[1]:x} failed: {error!r}", file=sys.stderr)  # noqa: T201
+                print(f"sevattest platform: ioctl 0x{call.arguments[1]:x} failed: {error!r}", file=sys.stderr)  # noqa: T201 -- a program's own stderr
             self._listener.answer(call, errno.EIO)
         else:
             if answered:

@@ -4,6 +4,7 @@
 2. Lock files carry hashes and name no package index.
 3. No tracked file holds a package index's address or a path of somebody's machine.
 4. Nothing below common/gen is tracked.
+5. Where the product tells a linter or the type checker to look away, it says why.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from hatch_build import generate  # noqa: E402  -- the path must be set first
 # Written so that these patterns do not find themselves.
 _INDEX_OPTION = re.compile(r"^--(extra-)?index-url|^--find-links", re.MULTILINE)
 _INDEX_ADDRESS = re.compile(r"https?://[^\s/]*(py" + r"pi|pythonhosted|registry|mirror)")
+_UNEXPLAINED = re.compile(r"# (type: ignore\[[\w, -]+\]|noqa: [A-Z0-9, ]+)$")
 _MACHINE = re.compile(r"(?<!/proc/self)/(home/[a-z]|ro" + r"ot/|wo" + r"rk/|Users/[A-Za-z])")
 
 
@@ -81,6 +83,17 @@ def tracked_generated_code(files: list[Path]) -> Iterator[str]:
             yield f"{path.relative_to(ROOT)}: generated code is built, not committed"
 
 
+def unexplained(files: list[Path]) -> Iterator[str]:
+    """Lines of the product that tell a linter or the type checker to look away, and not why."""
+    for path in files:
+        name = path.relative_to(ROOT)
+        if path.suffix != ".py" or name.parts[0] == "tests":
+            continue
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if _UNEXPLAINED.search(line):
+                yield f"{name}:{number}: says not why it is left out of a check"
+
+
 def main() -> int:
     """Print every finding; 1 if there is one."""
     files = _tracked()
@@ -89,6 +102,7 @@ def main() -> int:
         *weak_locks(),
         *leaked_addresses(files),
         *tracked_generated_code(files),
+        *unexplained(files),
     ]
     for finding in findings:
         print(finding)  # noqa: T201  -- a program of its own

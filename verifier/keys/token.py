@@ -94,7 +94,7 @@ class Token:
                 where it refuses the PIN.
         """
         from pkcs11 import Mechanism  # noqa: PLC0415 -- an extra
-        from pkcs11.mechanisms import GCMParams  # noqa: PLC0415
+        from pkcs11.mechanisms import GCMParams  # noqa: PLC0415 -- an extra
 
         with self._session() as session:
             parameters = GCMParams(nonce, associated)
@@ -113,8 +113,8 @@ class Token:
             Unavailable: the token or its key is gone or locked (KEY_UNAVAILABLE); `PinRefused` as in `decrypt`.
             InvalidInput: the key can be taken out of the token (INVALID_CONFIGURATION).
         """
-        from pkcs11 import Attribute, KeyType, Mechanism, MechanismFlag  # noqa: PLC0415
-        from pkcs11.mechanisms import GCMParams  # noqa: PLC0415
+        from pkcs11 import Attribute, KeyType, Mechanism, MechanismFlag  # noqa: PLC0415 -- an extra
+        from pkcs11.mechanisms import GCMParams  # noqa: PLC0415 -- an extra
 
         with self._session(rw=make_key) as session:
             if make_key and not self._keys(session):
@@ -143,7 +143,7 @@ class Token:
         return keys[0]
 
     def _keys(self, session: Session) -> list[Any]:
-        from pkcs11 import Attribute, KeyType, ObjectClass  # noqa: PLC0415
+        from pkcs11 import Attribute, KeyType, ObjectClass  # noqa: PLC0415 -- an extra
 
         # To the end: a search that is left open fails when it is thrown away, after the session.
         return list(

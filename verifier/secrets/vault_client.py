@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import hvac.adapters  # type: ignore[import-untyped]  # ships no types
-from hvac.api.secrets_engines import KvV2  # type: ignore[import-untyped]
+from hvac.api.secrets_engines import KvV2  # type: ignore[import-untyped]  # hvac has no types
 from urllib3.exceptions import HTTPError
 from urllib3.response import BaseHTTPResponse
 

@@ -28,7 +28,7 @@ class PostgresStore(SqlStore):
         """
         try:
             # Whoever serves from SQLite needs no psycopg.
-            from verifier.store.postgres_engine import PostgresEngine  # noqa: PLC0415
+            from verifier.store.postgres_engine import PostgresEngine  # noqa: PLC0415 -- an extra
         except ImportError as error:
             raise InvalidInput(
                 Reason.INVALID_CONFIGURATION,
