@@ -48,6 +48,7 @@ from common.rpc.identity import ActingAs, Identity, Role
 from common.rpc.metrics import CALLS, ERRORS
 from common.rpc.pem import CLIENT_USAGE, check_dates, leaf_identity, parse_certificates
 from common.rpc.status import code_of, plain_status, to_status
+from common.telemetry.few_lines import FewLines
 from common.telemetry.log import Log
 from common.telemetry.metrics import UNMEASURED, Meter
 
@@ -98,6 +99,7 @@ class Gatekeeper(grpc.aio.ServerInterceptor):
         self._callers = callers
         self._limits = limits
         self._log = log
+        self._turned_away = FewLines(log.info)
         self._clock = clock or SystemClock()
         self._methods = methods
         self._meter = meter
@@ -108,6 +110,10 @@ class Gatekeeper(grpc.aio.ServerInterceptor):
     def under_way(self) -> int:
         """Calls of all callers that have not ended."""
         return sum(self._in_flight.values())
+
+    def flush(self) -> None:
+        """Log now what was left out of the log so far."""
+        self._turned_away.flush()
 
     async def intercept_service(
         self,
@@ -256,9 +262,14 @@ class Gatekeeper(grpc.aio.ServerInterceptor):
             del self._in_flight[who.spiffe_id]
 
     def _log_call(self, method: str, who: Identity | None, outcome: str, began: float, **fields: str) -> None:
-        elapsed = round(self._measure(method, outcome, began, fields.get("reason")) * 1000, 1)
+        reason = fields.pop("reason", None)
+        elapsed = round(self._measure(method, outcome, began, reason) * 1000, 1)
         caller = None if who is None else who.spiffe_id
-        self._log.info("rpc", method=method, caller=caller, outcome=outcome, ms=elapsed, **fields)
+        if outcome == "OK":
+            self._log.info("rpc", method=method, caller=caller, outcome=outcome, ms=elapsed)
+            return
+        like = {"method": method, "outcome": outcome, **({} if reason is None else {"reason": reason})}
+        self._turned_away.write("rpc", caller=caller, like=like, ms=elapsed, **fields)
 
     def _measure(self, method: str, outcome: str, began: float, reason: str | None) -> float:
         """Count a call; the seconds that it took."""

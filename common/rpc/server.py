@@ -214,6 +214,7 @@ class Server:
         await asyncio.gather(*(server.stop(grace) for server in self._servers))
         self._servers.clear()
         await steps.drain()
+        self._gatekeeper.flush()
         if self._health_socket is not None:
             self._health_socket.unlink(missing_ok=True)
 

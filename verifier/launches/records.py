@@ -15,6 +15,7 @@ from uuid import UUID
 import msgspec
 
 from common.errors import Reason, SevattestError
+from common.telemetry.few_lines import FewLines
 from common.telemetry.log import Log
 from common.telemetry.metrics import UNMEASURED, Meter
 from verifier.appraisal.evidence import Finding
@@ -61,6 +62,7 @@ class Recorder:
     def __init__(self, log: Log, new_id: Callable[[], UUID], meter: Meter = UNMEASURED) -> None:
         """Take the log, the source of audit ids, and who counts what is recorded."""
         self._log = log
+        self._passing = FewLines(log.warning)
         self._new_id = new_id
         self._meter = meter
         meter.add(UNSETTLED, by=0)
@@ -127,4 +129,4 @@ class Recorder:
 
     def log_refusal(self, event: str, caller: str, error: SevattestError) -> None:
         """Write the line of a refusal that passes by itself, and of which no record is kept: nobody could read them."""
-        self._log.warning(event, caller=caller, reason=error.reason, text=error.message)
+        self._passing.write(event, caller=caller, like={"reason": error.reason}, text=error.message)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from common.errors import NotFound, Reason
 from common.rpc.identity import Role, caller
 from common.rpc.interceptors import Gatekeeper, Limits
+from common.telemetry.few_lines import LINES
 from common.telemetry.metrics import UNMEASURED, Meter
 from common.telemetry.prometheus import PrometheusMeter
 from tests.support.metrics import Page
@@ -105,6 +107,23 @@ async def _refusal(context: FakeContext, handler: Any = None) -> tuple[grpc.Stat
 async def test_a_good_call_is_parsed_served_and_serialised(auth: dict[str, tuple[bytes, ...]]) -> None:
     wrapped = await _wrapped(_handler(_echo))
     assert await wrapped.stream_unary(None, FakeContext(auth)) == b"request of one"
+
+
+async def test_a_flood_that_is_turned_away_leaves_few_lines_and_hides_no_good_call(
+    auth: dict[str, tuple[bytes, ...]],
+) -> None:
+    log = RecordingLog()
+    wrapped = await _wrapped(_handler(_echo), log=log)
+    for _ in range(LINES + 500):
+        with pytest.raises(Aborted):
+            await wrapped.stream_unary(None, FakeContext({**auth, "ssl_tls_version": (b"TLSv1.2",)}))
+    for _ in range(LINES + 5):
+        await wrapped.stream_unary(None, FakeContext(auth))
+    outcomes = Counter(each.fields["outcome"] for each in log.named("rpc"))
+    assert outcomes == {"UNAUTHENTICATED": LINES, "OK": LINES + 5}
+    away = log.named("rpc")[0].fields
+    assert (away["caller"], away["reason"]) == (None, "UNAUTHENTICATED")
+    assert away["text"] == "the connection must use TLS 1.3"
 
 
 @pytest.mark.parametrize("version", [(b"TLSv1.2",), (), (b"TLSv1.3", b"TLSv1.3"), (b"TLSv1.3 ",)])
