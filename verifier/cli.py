@@ -1,4 +1,4 @@
-"""The `sev-verifier` command: serve, check-config, health, keygen, generated, documents, audit.
+"""The `sev-verifier` command: serve, init, check-config, health, keygen, generated, documents, audit.
 
 Errors go to stderr as `sev-verifier: sentence`, hints as `hint: sentence`. Exit codes are those of `sevattest`:
 0 done, 1 refused, 2 usage or bad input, 3 something needed failed; and 5, the key token refuses the PIN.
@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     add("serve", "serve until SIGTERM; SIGHUP reads documents and deny-list again", _serve)
+    add("init", "make the store, once: serve makes none, so that it never takes an empty disk for a new one", _init)
     add("check-config", "list everything that is wrong with the configuration and the documents", _check)
     add("health", "ask the serving process whether it is ready", _health)
     keygen = add("keygen", "make a key file: 32 random bytes for its owner only", _keygen, config=False)
@@ -89,6 +90,17 @@ def _announce(addresses: Any) -> None:
     if addresses.admin is not None:
         print(f"{_PROGRAM}: serving owners on {addresses.admin}", flush=True)
     print(f"{_PROGRAM}: serving on {addresses.launches}", flush=True)
+
+
+def _init(args: argparse.Namespace) -> int:
+    import asyncio
+
+    from verifier.config import load_config
+    from verifier.parts import init_store
+
+    where = asyncio.run(init_store(load_config(args.config, os.environ)))
+    print(f"{_PROGRAM}: made the store in {where}")
+    return 0
 
 
 def _check(args: argparse.Namespace) -> int:

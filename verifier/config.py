@@ -67,7 +67,7 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     Attributes:
         postgres: a file that holds a PostgreSQL connection string (libpq's form), readable by its owner alone.
         connections: to it from this process, 2 to 64: one writes, the others read.
-        schema: the schema in the database that holds the tables; made where it is not there.
+        schema: the schema in the database that holds the tables; `sev-verifier init` makes it.
     """
 
     postgres: Path

@@ -68,9 +68,9 @@ class _NamedPostgres(PostgresStore):
         super().__init__(dsn, on_step, schema=store.schema, connections=store.connections)
         self._file = store.postgres
 
-    async def open(self) -> None:
+    async def open(self, *, make: bool = False) -> bool:
         try:
-            await super().open()
+            return await super().open(make=make)
         except Unavailable as error:
             raise self._named(error) from error
 
@@ -83,6 +83,24 @@ class _NamedPostgres(PostgresStore):
     def _named(self, error: Unavailable) -> Unavailable:
         where = f"the PostgreSQL of [store], as {self._file} names it"
         return Unavailable(error.reason, f"{error.message} ({where})", **error.fields)
+
+
+async def init_store(config: Config) -> str:
+    """Make the store of this configuration; where.
+
+    Raises:
+        InvalidInput: INVALID_CONFIGURATION; or there is one.
+        Unavailable: the database has no answer, or another process serves from the folder.
+    """
+    store = make_store(config)
+    where = str(config.folder) if config.store is None else f"the PostgreSQL of [store], schema {config.store.schema}"
+    try:
+        made = await store.open(make=True)
+    finally:
+        await store.close()
+    if not made:
+        raise InvalidInput(Reason.INVALID_CONFIGURATION, f"there is a store in {where} already, and it stays as it is")
+    return where
 
 
 def sealing_keys(config: Config) -> tuple[SealingKey, ...]:

@@ -123,14 +123,17 @@ class Stack:
                 self._tool([*script("sevattest"), "platform", "firmware", str(path), "--label", f"firmware {version}"])
 
     def start_services(self, guests: Iterable[str]) -> None:
-        """Start verifier and agent, whose configurations are in place, and wait until both serve.
+        """Make the verifier's store, start verifier and agent, whose configurations are in place, until both serve.
 
         Args:
             guests: the agent's guests, whose machines are ended in the end.
         """
         self._guests |= set(guests)
-        for service in (self.verifier, self.agent):
-            service.start({"SEVATTEST_LISTEN": self._address(service)})
+        # A verifier makes no store by itself: an empty disk must never pass for the right one.
+        self._tool([*script("sev-verifier"), "init", "--config", str(self.site.verifier_config)])
+        self.agent.start({"SEVATTEST_LISTEN": self._address(self.agent)})
+        self.wait_prepared()
+        self.verifier.start({"SEVATTEST_LISTEN": self._address(self.verifier)})
         for service in (self.verifier, self.agent):
             service.wait_ready()
 

@@ -28,7 +28,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
 async def store(place: Place) -> AsyncIterator[SqlStore]:
     """An open store of each kind."""
     made = place.store()
-    await made.open()
+    await made.open(make=True)
     yield made
     await made.close()
 

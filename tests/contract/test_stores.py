@@ -459,11 +459,11 @@ async def test_the_schema_refuses_a_launch_that_cannot_be(store: SqlStore, state
 async def test_a_store_is_found_again_after_a_restart(place: Place) -> None:
     new = opening()
     first = place.store()
-    await first.open()
+    await first.open(make=True)
     await first.open_launch(new)
     await first.close()
     second = place.store()
-    await second.open()
+    await second.open(make=True)
     assert await second.launch(new.launch.launch_id) == new.launch
     await second.check()
     await second.close()

@@ -57,7 +57,7 @@ async def test_a_process_that_is_killed_at_a_commit_leaves_all_or_nothing(
     assert code == -signal.SIGKILL
     assert outcomes == ([] if name == "open" else ["DONE"])
     store = place.store()
-    await store.open()
+    await store.open(make=True)
     try:
         row = await store.launch(new.launch.launch_id)
         if name == "open":
@@ -94,7 +94,7 @@ def test_a_full_disk_and_a_read_only_one_are_outages_that_pass(tmp_path: Path) -
 async def alone(own_postgres_server: Server) -> AsyncIterator[PostgresStore]:
     """A store over a server that the test may stop."""
     made = PostgresStore(own_postgres_server.dsn)
-    await made.open()
+    await made.open(make=True)
     yield made
     await made.close()
 
@@ -126,7 +126,7 @@ async def test_a_transaction_whose_session_is_ended_is_tried_again(
     shared: Callable[..., PostgresStore], postgres_server: Server, postgres_schema: str
 ) -> None:
     store = shared(f"application_name={postgres_schema}")
-    await store.open()
+    await store.open(make=True)
     asked = []
 
     def change(row: LedgerRow) -> LedgerRow:
@@ -147,7 +147,7 @@ async def test_a_session_that_is_ended_again_and_again_is_an_outage(
     shared: Callable[..., PostgresStore], postgres_server: Server, postgres_schema: str
 ) -> None:
     store = shared(f"application_name={postgres_schema}")
-    await store.open()
+    await store.open(make=True)
 
     def change(row: LedgerRow) -> LedgerRow:
         end_sessions(postgres_server, postgres_schema)
@@ -172,7 +172,7 @@ async def test_a_commit_that_nobody_answers_is_an_outage_and_is_not_tried_again(
             end_sessions(postgres_server, postgres_schema)
 
     store = shared(f"application_name={postgres_schema}", on_step)
-    await store.open()
+    await store.open(make=True)
     new = opening()
     with pytest.raises(OutcomeUnknown, match="cannot tell what became of a commit"):
         await store.open_launch(new)
@@ -196,7 +196,7 @@ async def test_a_deadlock_is_tried_again(
     """Replicas have none among themselves: here it is with somebody else at the database."""
     monkeypatch.setattr("verifier.store.postgres_engine.SILENCE_S", 60)
     store = shared("options='-c deadlock_timeout=10ms'")
-    await store.open()
+    await store.open(make=True)
     tries: list[int] = []
     others: list[asyncio.Task[object]] = []
 
@@ -238,7 +238,7 @@ async def test_a_lock_that_somebody_keeps_is_an_outage_that_passes(
 ) -> None:
     monkeypatch.setattr("verifier.store.postgres_engine.LOCK_TIMEOUT_S", 0.1)
     store = shared()
-    await store.open()
+    await store.open(make=True)
     with psycopg.connect(postgres_server.dsn) as holder:
         holder.execute(f'SELECT 1 FROM "{postgres_schema}".audit_head FOR UPDATE'.encode())  # noqa: S608 -- the test's
         with pytest.raises(Unavailable, match="lock timeout"):
@@ -276,7 +276,7 @@ async def test_a_full_disk_under_the_server_is_an_outage_that_passes(own_postgre
     own_postgres_server.stop()
     own_postgres_server.start(file_limit=limit)
     store = PostgresStore(own_postgres_server.dsn)
-    await store.open()
+    await store.open(make=True)
     small, large = opening(), opening()
     assert await store.open_launch(small) is Outcome.DONE
     with pytest.raises(Unavailable, match="extend"):
@@ -296,7 +296,7 @@ def replace_terms(new: Opening, terms: bytes) -> Opening:
 @pytest.mark.parametrize("options", ["", " options='-c client_min_messages=error'"], ids=["told", "kept quiet"])
 async def test_a_standby_that_does_not_confirm_is_an_outage(own_postgres_server: Server, options: str) -> None:
     store = PostgresStore(own_postgres_server.dsn + options)
-    await store.open()
+    await store.open(make=True)
     old = opening()
     end = release(old.launch.launch_id)
     assert (await store.open_launch(old), await store.move(end)) == (Outcome.DONE, Outcome.DONE)
@@ -339,7 +339,7 @@ async def test_a_standby_that_stays_away_is_waited_for_so_long_and_no_longer(
 ) -> None:
     monkeypatch.setattr(postgres_engine, "LOCK_TIMEOUT_S", 0.2)
     store = PostgresStore(own_postgres_server.dsn)
-    await store.open()
+    await store.open(make=True)
     own_postgres_server.stop()
     own_postgres_server.start("synchronous_standby_names=ghost")
     commit = asyncio.create_task(store.open_launch(opening()))
@@ -363,7 +363,7 @@ async def test_a_transaction_that_the_server_turned_into_a_rollback_is_not_taken
     shared: Callable[..., PostgresStore],
 ) -> None:
     store = shared()
-    await store.open()
+    await store.open(make=True)
 
     async def swallow(transaction: Transaction) -> None:
         with pytest.raises(psycopg.Error):
@@ -379,7 +379,7 @@ async def test_two_connections_are_enough(postgres_server: Server, postgres_sche
     store = PostgresStore(
         f"{postgres_server.dsn} application_name={postgres_schema}", schema=postgres_schema, connections=2
     )
-    await store.open()
+    await store.open(make=True)
     new = opening()
     outcome, *_ = await asyncio.gather(store.open_launch(new), *(store.head() for _ in range(8)), store.flush_erased())
     assert outcome is Outcome.DONE

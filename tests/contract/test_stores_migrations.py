@@ -31,7 +31,7 @@ async def opened(place: Place, *more: Step) -> None:
     """A process that knows `more` steps comes and goes."""
     made = place.store(steps=(*migrations(place.kind), *more))
     try:
-        await made.open()
+        await made.open(make=True)
     finally:
         await made.close()
 
@@ -73,7 +73,7 @@ async def test_a_process_that_is_older_than_an_added_column_serves_beside_a_newe
     await opened(place, ADDITIVE)
     assert applied(place, request) == [*NOW, "0003_more"]
     old = place.store()
-    await old.open()
+    await old.open(make=True)
     new = opening()
     assert await old.open_launch(new) is Outcome.DONE
     assert await old.launch(new.launch.launch_id) == new.launch

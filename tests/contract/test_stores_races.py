@@ -43,7 +43,7 @@ async def replicas(place: Place) -> AsyncIterator[Sequence[SqlStore]]:
     """Three stores over one PostgreSQL, or the one that SQLite allows."""
     made = [place.store() for _ in range(1 if place.kind == "sqlite" else 3)]
     # At once, also over an empty database: they bring the schema forward together.
-    await asyncio.gather(*(each.open() for each in made))
+    await asyncio.gather(*(each.open(make=True) for each in made))
     yield made
     await asyncio.gather(*(each.close() for each in made))
 
@@ -202,7 +202,7 @@ async def test_documents_do_not_change_between_a_judgement_and_its_commit(
 
     async def slowly(work: Callable[[SqlStore], Awaitable[Outcome]]) -> Outcome:
         slow = place.store(on_step)
-        await slow.open()
+        await slow.open(make=True)
         outcome = await work(slow)
         await slow.close()
         return outcome

@@ -22,13 +22,13 @@ async def test_a_server_that_answers_before_a_commit_is_durable_is_refused(
 ) -> None:
     store = shared(f"options='-c synchronous_commit={setting}'")
     with pytest.raises(InvalidInput, match=f"synchronous_commit is {setting}, and must be on"):
-        await store.open()
+        await store.open(make=True)
     await store.close()
 
 
 async def test_a_server_that_waits_for_more_than_durable_is_taken(shared: Callable[..., PostgresStore]) -> None:
     store = shared("options='-c synchronous_commit=remote_apply'")
-    await store.open()
+    await store.open(make=True)
     expected = {
         "synchronous_commit": "remote_apply",
         "transaction_isolation": "read committed",
@@ -47,14 +47,14 @@ async def test_a_server_that_waits_for_more_than_durable_is_taken(shared: Callab
 
 async def test_a_server_that_does_not_sync_is_refused_also_while_serving(own_postgres_server: Server) -> None:
     store = PostgresStore(own_postgres_server.dsn)
-    await store.open()
+    await store.open(make=True)
     own_postgres_server.stop(signal.SIGINT)
     own_postgres_server.start("fsync=off")
     with pytest.raises(Unavailable, match="fsync"):
         await store.check()
     another = PostgresStore(own_postgres_server.dsn)
     with pytest.raises(InvalidInput, match="fsync"):
-        await another.open()
+        await another.open(make=True)
     await another.close()
     own_postgres_server.stop(signal.SIGINT)
     own_postgres_server.start()
@@ -66,7 +66,7 @@ async def test_a_database_that_is_not_unicode_is_refused(postgres_server: Server
     postgres_server.sql(f"CREATE DATABASE \"{postgres_schema}\" ENCODING 'SQL_ASCII' TEMPLATE template0")
     store = PostgresStore(postgres_server.dsn.replace("dbname=postgres", f"dbname={postgres_schema}"))
     with pytest.raises(InvalidInput, match="SQL_ASCII"):
-        await store.open()
+        await store.open(make=True)
     await store.close()
     postgres_server.sql(f'DROP DATABASE "{postgres_schema}"')
 
@@ -80,8 +80,8 @@ def test_a_schema_whose_name_would_need_quotes_is_refused(schema: str) -> None:
 async def test_two_schemas_in_one_database_are_two_stores(postgres_server: Server, postgres_schema: str) -> None:
     other_schema = f"{postgres_schema}_2"
     one, other = (PostgresStore(postgres_server.dsn, schema=name) for name in (postgres_schema, other_schema))
-    await one.open()
-    await other.open()
+    await one.open(make=True)
+    await other.open(make=True)
     await one.record(audit())
     assert ((await one.head())[0], (await other.head())[0]) == (1, 0)
     await one.close()
@@ -105,7 +105,7 @@ async def test_no_error_tells_anything_of_the_dsn(dsn: str) -> None:
         store = PostgresStore(dsn)
         try:
             assert "hunter2" not in repr(store._engine)
-            await store.open()
+            await store.open(make=True)
         finally:
             await store.close()
 

@@ -225,7 +225,7 @@ async def test_documents_that_changed_since_they_were_looked_at_are_not_sealed(s
 async def of_before(place: Place, *rows: DocumentRow) -> None:
     """A database as a version without seals left it, with documents that were applied then."""
     old = place.store(steps=migrations(place.kind)[:1])
-    await old.open()
+    await old.open(make=True)
     for row in rows:
         values = (row.kind, row.name, row.version, row.text, 0, 0)
         await write(old, (INSERT, values), ("UPDATE mark SET value=value+1 WHERE name='revision'", ()))
@@ -236,7 +236,7 @@ async def of_before(place: Place, *rows: DocumentRow) -> None:
 async def test_a_database_from_before_without_documents_needs_nothing(place: Place) -> None:
     await of_before(place)
     store = place.store()
-    await store.open()
+    await store.open(make=True)
     assert await store.documents() == DocumentSet(revision=0, rows=(), change=GENESIS, tag=None)
     await fill(store)
     assert problem(await store.documents()) is None
@@ -246,7 +246,7 @@ async def test_a_database_from_before_without_documents_needs_nothing(place: Pla
 async def test_a_database_from_before_with_documents_waits_for_somebody_to_look(place: Place) -> None:
     await of_before(place, document())
     store = place.store()
-    await store.open()
+    await store.open(make=True)
     found = await store.documents()
     assert found.rows
     said = problem(found)

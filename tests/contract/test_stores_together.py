@@ -58,7 +58,7 @@ class Watched:
         self.on_step(step)
 
     async def open(self) -> None:
-        await self.store.open()
+        await self.store.open(make=True)
         engine = self.store._engine
         if isinstance(engine, SqliteEngine):
             engine._to_write().set_trace_callback(self.said.append)
@@ -222,7 +222,7 @@ async def test_who_is_cancelled_while_reading_takes_nobody_with_him(watched: Wat
 
 async def test_a_store_that_was_closed_is_not_opened_again_by_whoever_still_asks(place: Place) -> None:
     store = place.store()
-    await store.open()
+    await store.open(make=True)
     await store.record(audit())
     await store.close()
     for call in (store.head(), store.record(audit())):
@@ -239,7 +239,7 @@ async def test_a_process_that_is_killed_at_a_shared_commit_leaves_all_or_nothing
     code, said = await asyncio.to_thread(go, place.process(calls, f"open:{step}-commit", at_once=True))
     assert (code, said) == (-signal.SIGKILL, [])
     store = place.store()
-    await store.open()
+    await store.open(make=True)
     assert await chain_verifies(store) == kept
     assert {await store.launch(new.launch.launch_id) == new.launch for _, [new] in calls} == {kept > 0}
     # Whoever repeats finds out.
@@ -348,7 +348,7 @@ async def test_who_waits_comes_before_who_comes_again(
     """A replica that always has more to write holds no other up for longer than one commit."""
     monkeypatch.setattr("verifier.store.postgres_engine.SILENCE_S", 60)
     busy = place.store()
-    await busy.open()
+    await busy.open(make=True)
     begun = asyncio.Event()
 
     async def slow(transaction: Transaction) -> None:

@@ -81,7 +81,7 @@ async def _run(plan: Plan, server: Server | None, folder: Path) -> tuple[Tally, 
     names = tuple(plan.names)
     replicas = Replicas([Replica(site, number, names) for number in range(plan.replicas)])
     try:
-        # One after the other, as the first makes the schema and the identities while the second waits for neither.
+        # One after the other, as the first makes the identities while the second waits for neither.
         for replica in replicas.all:
             await replica.start(tally)
         await _rage(plan, tally, site, replicas, server)

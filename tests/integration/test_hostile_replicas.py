@@ -84,9 +84,9 @@ def _word(reason: Any) -> str:
 async def replicas(folder: Path, postgres_server: Server, postgres_schema: str) -> AsyncIterator[Replicas]:
     # The sweep looks after the documents, too: here it must not be what notices.
     extra = '[kds]\nsource = "kds"\n[limits]\nsweep_interval = 3600\n'
-    site = VerifierSite.make(folder, dsn=postgres_server.dsn, owners=True, extra=extra)
-    (folder / "kds").mkdir()
     environ = {"SEVATTEST_STORE__SCHEMA": postgres_schema}
+    site = VerifierSite.make(folder, dsn=postgres_server.dsn, owners=True, extra=extra, environ=environ)
+    (folder / "kds").mkdir()
     async with AsyncExitStack() as stack:
         first = stack.enter_context(site.serve(environ=environ))
         second = stack.enter_context(site.serve(environ={**environ, "SEVATTEST_HEALTH__SOCKET": "h2.sock"}))

@@ -201,7 +201,7 @@ async def test_connections_that_say_nothing_keep_nobody_from_being_served(folder
 
 
 def test_on_another_address_without_tls_no_verifier_starts(folder: Path) -> None:
-    site = VerifierSite.make(folder, extra='[metrics]\nlisten = "0.0.0.0:0"\n')
+    site = VerifierSite.make(folder, extra='[metrics]\nlisten = "0.0.0.0:0"\n', init=False)
     with pytest.raises(NotServing, match=r"metrics: listen: 0\.0\.0\.0:0 is not an address of this machine alone"):
         site.serve()
 

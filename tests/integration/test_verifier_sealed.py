@@ -103,9 +103,10 @@ def place(request: pytest.FixtureRequest, folder: Path) -> Place:
         return Place(site=site, environ={}, write=write, blob="x'{}'")
     server: Server = request.getfixturevalue("postgres_server")
     schema: str = request.getfixturevalue("postgres_schema")
+    environ = {"SEVATTEST_STORE__SCHEMA": schema}
     return Place(
-        site=VerifierSite.make(folder, dsn=server.dsn, owners=True, extra=FAST),
-        environ={"SEVATTEST_STORE__SCHEMA": schema},
+        site=VerifierSite.make(folder, dsn=server.dsn, owners=True, extra=FAST, environ=environ),
+        environ=environ,
         write=lambda statement: _quietly(server.sql(f"SET search_path={schema}; {statement}")),
         blob="decode('{}', 'hex')",
     )

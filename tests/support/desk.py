@@ -267,7 +267,7 @@ async def desk(
     recording = RecordingLog()
     log = write_log or recording
     store = SqliteStore(folder / "state", on_step=on_step)
-    await store.open()
+    await store.open(make=True)
     try:
         deny_list = DenyList(denied)
         sealing = FileKey(KEK)

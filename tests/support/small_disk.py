@@ -28,7 +28,7 @@ async def fill(disk: Path) -> None:
     ballast = disk / "ballast"
     ballast.write_bytes(b"b" * (SIZE // 3))
     store = SqliteStore(disk / "state")
-    await store.open()
+    await store.open(make=True)
     done = 0
     try:
         while True:
@@ -54,13 +54,13 @@ async def freeze(disk: Path) -> None:
     await asyncio.to_thread(remount, disk, "ro")
     store = SqliteStore(disk / "state")
     try:
-        await store.open()
+        await store.open(make=True)
     except Unavailable as error:
         say("read-only" if "Read-only" in error.message else error.message)
     await store.close()
     await asyncio.to_thread(remount, disk, "rw")
     store = SqliteStore(disk / "state")
-    await store.open()
+    await store.open(make=True)
     say((await store.open_launch(opening(cap=10_000))).name)
     await store.close()
 

@@ -112,7 +112,7 @@ async def _child(
             print(error.reason.value, flush=True)  # noqa: T201 -- the same
 
     store = place.store(on_step)
-    await store.open()
+    await store.open(make=True)
     print("ready", flush=True)  # noqa: T201 -- the same
     await asyncio.to_thread(sys.stdin.buffer.readline)
     if at_once:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -28,6 +29,8 @@ from tests.support.documents import SECRET, write_artefacts, write_document
 from tests.support.documents import workload as document
 from tests.support.pki import DATACENTER_DOMAIN, OWNER_DOMAIN, Pki
 from tests.support.spellings import leaks
+from verifier.config import load_config
+from verifier.parts import make_store
 
 _START_TIMEOUT = 60.0
 
@@ -63,8 +66,10 @@ class VerifierSite:
         extra: str = "",
         dsn: str | None = None,
         owners: bool = False,
+        environ: Mapping[str, str] | None = None,
+        init: bool = True,
     ) -> VerifierSite:
-        """Write configuration, key file, documents, root and identities.
+        """Write configuration, key file, documents, root and identities, and make the store.
 
         Args:
             folder: where to; must be short enough for a socket's path.
@@ -72,6 +77,8 @@ class VerifierSite:
             extra: more of the configuration.
             dsn: of the PostgreSQL to keep everything in; SQLite if absent.
             owners: whether owners are served too.
+            environ: more of the environment, where settings of the store can be overridden.
+            init: whether the store is made.
         """
         folder.mkdir(parents=True, exist_ok=True)
         site = cls(folder=folder, pki=Pki(folder / "pki"), platform=make_platform())
@@ -112,7 +119,22 @@ extra_roots = ["ask_ark.cert"]
 {tables}{extra}
 """
         )
+        if init:
+            site.init(environ)
         return site
+
+    def init(self, environ: Mapping[str, str] | None = None) -> None:
+        """Make the store where there is none, also where an event loop runs."""
+        store = make_store(load_config(self.config, {**os.environ, **(environ or {})}))
+
+        async def make() -> None:
+            try:
+                await store.open(make=True)
+            finally:
+                await store.close()
+
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(lambda: asyncio.run(make())).result()
 
     def channel(self, address: str, *, name: str = "cluster", role: Role = Role.ORCHESTRATOR) -> grpc.aio.Channel:
         """A client's channel to a serving verifier."""

@@ -78,12 +78,15 @@ class Engine(Protocol):
         """Of its schema's steps."""
         ...
 
-    async def open(self) -> None:
+    async def open(self, *, make: bool) -> None:
         """Get hold of the database; nothing is asked about its schema.
+
+        Args:
+            make: make room for a store where there is none.
 
         Raises:
             InvalidInput: it is not one that can be used.
-            Unavailable: it cannot be reached, or another process holds it.
+            Unavailable: it cannot be reached, it is not there, or another process holds it.
         """
         ...
 
@@ -122,14 +125,35 @@ def unavailable(words: str) -> Unavailable:
     return Unavailable(Reason.STORE_UNAVAILABLE, words)
 
 
-async def bring_forward(transaction: Transaction, steps: Sequence[Step]) -> None:
+def no_store(where: str) -> Unavailable:
+    """The error for a place where a store should be, and none is."""
+    # Not made by the way: without its ledgers, what was spent could be spent again.
+    return Unavailable(
+        Reason.STORE_UNAVAILABLE,
+        f"there is no store in {where}",
+        hint="a disk that is not mounted, another folder or database? "
+        "Only where there never was one: sev-verifier init --config FILE makes it",
+    )
+
+
+async def bring_forward(transaction: Transaction, steps: Sequence[Step], *, make: bool) -> bool:
     """Apply the steps that a store lacks. For one transaction: a process that is killed here leaves all or nothing.
 
+    Args:
+        transaction: the transaction.
+        steps: those of this version.
+        make: make the store where there is none.
+
+    Returns:
+        Whether there was none.
+
     Raises:
-        Unavailable: a newer version made steps that this one cannot serve.
+        Unavailable: there is none, or a newer version made steps that this one cannot serve.
     """
     if await transaction.has_table("migration"):
         found = await transaction.rows("SELECT number, compatible_from FROM migration ORDER BY number")
+    elif not make:
+        raise no_store("the database: it has none of the tables")
     else:
         await transaction.script(
             "CREATE TABLE migration (number INTEGER PRIMARY KEY, name TEXT NOT NULL, "
@@ -145,6 +169,7 @@ async def bring_forward(transaction: Transaction, steps: Sequence[Step]) -> None
                 "INSERT INTO migration (number, name, compatible_from, time) VALUES (?, ?, ?, ?)",
                 *(step.number, step.name, step.compatible_from, int(time() * 1_000_000)),
             )
+    return not found
 
 
 def require_servable(found: Sequence[Row], steps: Sequence[Step]) -> None:
@@ -176,6 +201,6 @@ def require_readable(found: Sequence[Row], steps: Sequence[Step]) -> None:
     require_servable(found, steps)
     newest, known = found[-1][0] if found else 0, steps[-1].number
     if not newest:
-        raise unavailable("the store has no schema: no verifier has served from it yet")
+        raise unavailable("the store has no schema: sev-verifier init never made it")
     if newest < known:
         raise unavailable(f"the store has schema {newest}, this version reads {known}")

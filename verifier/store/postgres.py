@@ -20,7 +20,7 @@ class PostgresStore(SqlStore):
         Args:
             dsn: a libpq connection string or URI; no error tells anything of it.
             on_step: called before and after each commit.
-            schema: the schema in the database that holds the store's tables; made where it is not there.
+            schema: the schema in the database that holds the store's tables.
             connections: how many there are, at least 2: one writes, the others read.
 
         Raises:

@@ -155,8 +155,8 @@ class PostgresEngine:
     def __repr__(self) -> str:
         return f"PostgresEngine({self._schema}, redacted)"
 
-    async def open(self) -> None:
-        """Connect, see whether the server is fit, and make the schema. See `Engine`."""
+    async def open(self, *, make: bool) -> None:
+        """Connect, see whether the server is fit, and make the schema where that is wanted. See `Engine`."""
         try:
             await self._writer.link()
         except _Unfit as error:
@@ -168,7 +168,8 @@ class PostgresEngine:
             if await transaction.row("SELECT 1 FROM pg_namespace WHERE nspname=?", self._schema) is None:
                 await transaction.script(f'CREATE SCHEMA "{self._schema}"')
 
-        await self._together.write("schema", work)
+        if make:
+            await self._together.write("schema", work)
 
     async def close(self) -> None:
         """Let go of the connections."""

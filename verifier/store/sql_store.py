@@ -78,15 +78,24 @@ class SqlStore(Launches, Documents, Secrets, AuditLog):
         super().__init__(engine)
         self._steps = migrations(engine.dialect) if steps is None else steps
 
-    async def open(self) -> None:
+    async def open(self, *, make: bool = False) -> bool:
         """Get hold of the database, and bring its schema forward.
+
+        Args:
+            make: make the store where there is none.
+
+        Returns:
+            Whether it was made.
 
         Raises:
             InvalidInput: it is not one that can be used.
-            Unavailable: it cannot be reached, read or written, another process holds it, or its schema is too new.
+            Unavailable: it cannot be reached, read or written, there is no store in it, another process holds it, or
+                its schema is too new.
         """
-        await self._engine.open()
-        await self._engine.write("migrate", lambda transaction: bring_forward(transaction, self._steps))
+        await self._engine.open(make=make)
+        return await self._engine.write(
+            "migrate", lambda transaction: bring_forward(transaction, self._steps, make=make)
+        )
 
     async def close(self) -> None:
         """See `Store`."""

@@ -32,8 +32,8 @@ class SqliteReading:
         """Remember where the file is."""
         self._path = folder / sqlite_file.FILE_NAME
 
-    async def open(self) -> None:
-        """See `Engine`."""
+    async def open(self, *, make: bool) -> None:
+        """See `Engine`; nothing is made."""
 
     async def close(self) -> None:
         """See `Engine`."""

@@ -26,7 +26,7 @@ from typing import Any
 
 from common.errors import SevattestError, Unavailable
 from verifier.store import sqlite_file
-from verifier.store.engine import Row, T, Transaction, Value, done, no_step, unavailable, unknown
+from verifier.store.engine import Row, T, Transaction, Value, done, no_step, no_store, unavailable, unknown
 from verifier.store.together import Together, Write
 
 # A commit costs as much as two launches' statements, so under load it is worth a little waiting.
@@ -101,10 +101,12 @@ class SqliteEngine:
         self._lock: sqlite_file.FolderLock | None = None
         self._inode = (0, 0)
 
-    async def open(self) -> None:
-        """Lock the folder, open or create the file. See `Engine`."""
+    async def open(self, *, make: bool) -> None:
+        """Lock the folder, open the file, or create it where that is wanted. See `Engine`."""
 
         def start() -> None:
+            if not make:
+                self._require_file()
             sqlite_file.prepare_folder(self._folder)
             self._lock = sqlite_file.FolderLock(self._folder)
             sqlite_file.create(self._path)
@@ -237,6 +239,14 @@ class SqliteEngine:
         _close(self._writer)
         _close(self._reader)
         self._writer = self._reader = None
+
+    def _require_file(self) -> None:
+        """Nothing is made in an empty folder: whatever is mounted over it later must not be missed."""
+        with suppress(OSError):  # what else is wrong with the folder is said by who prepares it
+            try:
+                self._path.stat()
+            except FileNotFoundError:
+                raise no_store(str(self._folder)) from None
 
     def _remember_file(self) -> None:
         status = self._path.stat()

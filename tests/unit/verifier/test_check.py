@@ -60,7 +60,7 @@ STRUCTS = (
 @pytest.fixture
 def site(tmp_path: Path) -> VerifierSite:
     (tmp_path / "kds").mkdir()
-    return VerifierSite.make(tmp_path, extra='[kds]\nsource = "kds"')
+    return VerifierSite.make(tmp_path, extra='[kds]\nsource = "kds"', init=False)
 
 
 def command(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
@@ -118,7 +118,7 @@ def test_older_versions_stop_nothing(site: VerifierSite) -> None:
 
 
 def test_an_empty_folder_and_a_missing_key_service_are_warnings(tmp_path: Path) -> None:
-    site = VerifierSite.make(tmp_path)
+    site = VerifierSite.make(tmp_path, init=False)
     (site.folder / "documents" / "web.yaml").unlink()
     findings = check(site.config, {})
     assert findings.problems == []
@@ -141,7 +141,7 @@ def test_an_empty_folder_and_a_missing_key_service_are_warnings(tmp_path: Path) 
 def test_a_bad_key_is_named_with_its_path(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, problem: str
 ) -> None:
-    site = VerifierSite.make(tmp_path, extra=f'[kds]\nsource = "kds"\n{line}')
+    site = VerifierSite.make(tmp_path, extra=f'[kds]\nsource = "kds"\n{line}', init=False)
     code, _, err = command(capsys, "check-config", "--config", str(site.config))
     assert code == 2
     assert problem in err
@@ -209,7 +209,7 @@ def test_a_database_whose_address_is_nowhere_is_a_problem(site: VerifierSite) ->
 @pytest.mark.parametrize(("content", "good"), [("", False), (" \n\t\n", False), (" host=/nowhere\n", True)])
 def test_a_database_that_is_named_by_white_space_is_none(tmp_path: Path, content: str, *, good: bool) -> None:
     # To libpq this would be all of its defaults: some database, of this user's name.
-    site = VerifierSite.make(tmp_path, dsn=content)
+    site = VerifierSite.make(tmp_path, dsn=content, init=False)
     named = f"store.postgres: {site.folder / 'dsn'}: holds no connection string"
     assert check(site.config, {}).problems == ([] if good else [named])
 
@@ -217,7 +217,7 @@ def test_a_database_that_is_named_by_white_space_is_none(tmp_path: Path, content
 def test_a_database_that_is_not_there_is_said_to_be_the_one_of_the_setting(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    site = VerifierSite.make(tmp_path, dsn="host=/nowhere/at/all user=alice password=hunter2")
+    site = VerifierSite.make(tmp_path, dsn="host=/nowhere/at/all user=alice password=hunter2", init=False)
     app = App(site.config, RecordingLog(), real_surroundings())
     with pytest.raises(Unavailable) as caught:
         asyncio.run(app.run(lambda _: None))
@@ -242,7 +242,7 @@ def test_a_key_services_folder_that_is_missing_is_a_warning(site: VerifierSite) 
 
 
 def test_a_chip_denied_by_its_id_alone_is_a_warning(tmp_path: Path) -> None:
-    site = VerifierSite.make(tmp_path)
+    site = VerifierSite.make(tmp_path, init=False)
     (warning,) = [each for each in check(site.config, {}).warnings if each.startswith("kds: is not set")]
     assert "which a host can leave out" in warning
 

@@ -37,7 +37,7 @@ async def forget(store: SqliteStore) -> None:
 @pytest.fixture
 async def store(tmp_path: Path) -> AsyncIterator[SqliteStore]:
     made = SqliteStore(tmp_path / "state")
-    await made.open()
+    await made.open(make=True)
     yield made
     await made.close()
 
@@ -57,18 +57,18 @@ async def test_a_loose_folder_is_tightened_and_a_strangers_is_refused(
     folder = tmp_path / "loose"
     folder.mkdir(mode=0o755)
     made = SqliteStore(folder)
-    await made.open()
+    await made.open(make=True)
     await made.close()
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
     with pytest.raises(InvalidInput, match="belongs to another user"):
-        await SqliteStore(folder).open()
+        await SqliteStore(folder).open(make=True)
 
 
 async def test_a_second_process_is_refused(store: SqliteStore, tmp_path: Path) -> None:
     program = (
         "import asyncio, sys; from pathlib import Path; from verifier.store.sqlite import SqliteStore;"
-        "asyncio.run(SqliteStore(Path(sys.argv[1])).open())"
+        "asyncio.run(SqliteStore(Path(sys.argv[1])).open(make=True))"
     )
     await store.check()
     run = await asyncio.to_thread(
@@ -243,10 +243,10 @@ async def test_a_folder_that_holds_something_else_keeps_its_mode(tmp_path: Path)
     folder.chmod(0o755)
     (folder / "verifier.toml").touch()
     with pytest.raises(InvalidInput, match=r"state_dir: .* holds something else"):
-        await SqliteStore(folder).open()
+        await SqliteStore(folder).open(make=True)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o755
     (folder / "verifier.toml").unlink()
     made = SqliteStore(folder)
-    await made.open()
+    await made.open(make=True)
     await made.close()
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700

@@ -19,7 +19,7 @@ async def test_a_launch_costs_the_same_however_many_came_before(tmp_path: Path) 
         instructions += 1
 
     store = SqliteStore(tmp_path / "state")
-    await store.open()
+    await store.open(make=True)
     engine = store._engine
     assert isinstance(engine, SqliteEngine)
     engine._to_write().set_progress_handler(count, 10)
