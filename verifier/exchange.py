@@ -72,11 +72,15 @@ class Keys:
             InvalidInput: as for `open`; the keys stay what they were.
             Unavailable: as for `open`; the keys stay what they were.
         """
-        # A key that is known is not asked for again, unless the token is reached in another way.
-        known = {key.key_id: key for key in self._keys} if config.pkcs11 == self._pkcs11 else {}
-        keys = tuple(known.get(key.key_id, key) for key in parts.sealing_keys(config))
+        # A key that the token has opened is not asked for again, unless its file was wrapped anew or the token is
+        # reached in another way: what was opened before would say nothing of how it opens from now on.
+        same_token = config.pkcs11 == self._pkcs11
+        known = {key.wrapped: key for key in parts.token_keys(self._keys)} if same_token else {}
+        keys = tuple(
+            known.get(key.wrapped, key) if isinstance(key, TokenKey) else key for key in parts.sealing_keys(config)
+        )
         for key in parts.token_keys(keys):
-            if key.key_id not in known:
+            if key.wrapped not in known:
                 await key.refresh()
         await self._require_all_that_is_stored(keys)
         self.ring.reload(keys[0], keys[1:])

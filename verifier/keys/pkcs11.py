@@ -78,6 +78,11 @@ class TokenKey:
     def __repr__(self) -> str:
         return f"TokenKey({self.key_id.hex()}, redacted)"
 
+    @property
+    def wrapped(self) -> bytes:
+        """The file's content: only the token opens it."""
+        return self._wrapped
+
     def seal(self, secret: bytes, place: bytes) -> bytes:
         """See `SealingKey`."""
         return self._key().seal(secret, place)

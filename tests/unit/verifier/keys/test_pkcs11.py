@@ -26,7 +26,7 @@ from tests.support.softhsm import KEY, MISSING, PIN, SO_PIN, TOKEN, SoftToken, m
 from verifier.config import Config, Pkcs11Config, TlsConfig
 from verifier.exchange import Keys
 from verifier.keys import pkcs11 as wrapped_keys
-from verifier.keys.file import FileKey, read_key_file, write_key_file
+from verifier.keys.file import KEK_SIZE, FileKey, read_key_file, write_key_file
 from verifier.keys.keyring import Keyring
 from verifier.keys.pkcs11 import (
     WRAPPED_SIZE,
@@ -36,6 +36,7 @@ from verifier.keys.pkcs11 import (
     write_wrapped_key_file,
 )
 from verifier.keys.token import PinRefused, Token
+from verifier.parts import token_keys
 
 MODULE = softhsm_module()
 pytestmark = pytest.mark.skipif(MODULE is None, reason=MISSING)
@@ -603,3 +604,60 @@ async def test_settings_by_which_no_token_is_reached_change_nothing(
     assert serving.keys.ring.seal(b"secret", b"place")
     await serving.keys.reload(serving.config)
     assert len(serving.chores) == 1
+
+
+def wrap(token: SoftToken, path: Path, kek: bytes) -> None:
+    """Write a key into a file, wrapped by the key that has its name in the token now."""
+    associated, nonce = b"\x01" + FileKey(kek).key_id, os.urandom(12)
+    path.touch(mode=0o600)
+    path.write_bytes(associated + nonce + Token(token.settings).encrypt(nonce, associated, kek, make_key=False))
+
+
+def change_last(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+async def test_a_key_file_that_was_wrapped_anew_is_opened_anew(
+    serving: Serving, token: SoftToken, path: Path, content: bytes
+) -> None:
+    sealed = serving.keys.ring.seal(b"secret", b"place")
+    kek = Token(token.settings).decrypt(content[9:21], content[:9], content[21:])
+    # Another key took the place of the token's, under its name: what the old one wrapped opens no more.
+    reached(token.settings, lambda session: [each.destroy() for each in session.get_objects({Attribute.LABEL: KEY})])
+    make_another(token)
+    wrap(token, path, kek)
+    await serving.keys.reload(serving.config)
+    assert len(serving.chores) == 2
+    await asyncio.gather(serving.chores[0], return_exceptions=True)
+    assert serving.chores[0].cancelled()  # it asked for what the file held before
+    (key,) = token_keys(serving.keys._keys)
+    await key.refresh()
+    assert serving.keys.ring.unseal(sealed, b"place") == b"secret"
+
+
+async def test_a_key_file_that_the_token_does_not_open_is_noticed_before_the_restart(
+    serving: Serving, path: Path
+) -> None:
+    change_last(path)
+    with pytest.raises(Unavailable):
+        await serving.keys.reload(serving.config)
+    assert serving.keys.ring.seal(b"secret", b"place")
+    assert not serving.chores[0].done()
+    change_last(path)
+    await serving.keys.reload(serving.config)
+    assert len(serving.chores) == 1
+
+
+async def test_a_plain_key_that_moved_into_the_token_is_out_of_reach_with_it(
+    serving: Serving, token: SoftToken, path: Path
+) -> None:
+    plain, moved = path.with_name("plain.bin"), path.with_name("moved.bin")
+    kek = os.urandom(KEK_SIZE)
+    write_private(plain, kek)
+    await serving.keys.reload(msgspec.structs.replace(serving.config, older_key_files=(plain,)))
+    sealed = read_key_file(plain).seal(b"secret", b"place")
+    wrap(token, moved, kek)
+    await serving.keys.reload(msgspec.structs.replace(serving.config, older_key_files=(moved,)))
+    assert serving.keys.ring.unseal(sealed, b"place") == b"secret"
+    assert [type(each) for each in serving.keys._keys] == [TokenKey, TokenKey]
