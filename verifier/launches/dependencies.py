@@ -148,3 +148,11 @@ def refusal_for(findings: Sequence[Finding], audit_id: UUID) -> Refused:
 def changing() -> Unavailable:
     """The error for a decision that never caught up with the owner's documents."""
     return Unavailable(Reason.STORE_UNAVAILABLE, "the owner's documents change faster than a launch is judged: repeat")
+
+
+def lost() -> Unavailable:
+    """The error for a repeat whose release is read and cannot be confirmed: what was read is another server's."""
+    return Unavailable(
+        Reason.STORE_UNAVAILABLE,
+        "the release is not in the store that answers now: another server took over from the one that had it; repeat",
+    )

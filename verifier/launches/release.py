@@ -45,7 +45,7 @@ from verifier.appraisal.rules import STANDING_RULES
 from verifier.keys.base import launch_place
 from verifier.launches import ledger
 from verifier.launches.broker import JUDGED_MAX
-from verifier.launches.dependencies import Dependencies, changing, refusal, refusal_for
+from verifier.launches.dependencies import Dependencies, changing, lost, refusal, refusal_for
 from verifier.launches.gather import launch_evidence, standing_evidence
 from verifier.launches.launch import Launch, Released, ReleaseRequest, view
 from verifier.launches.records import AuditEvent
@@ -126,6 +126,7 @@ class Releaser:
         content = request.content()
         lock = self._locks.setdefault((request.caller, request.launch_id), asyncio.Lock())
         async with lock:
+            late = changing()
             for _ in range(JUDGED_MAX):
                 known = await self._d.store.known(key, request.launch_id)
                 now = self._d.time.for_decisions(known.time)  # step 1
@@ -135,8 +136,10 @@ class Releaser:
                 if known.request is not None:  # step 3
                     if known.request.content != content:
                         raise reused()
-                    if (released := await self._again(row, known.revision, now)) is not None:
-                        return released
+                    again = await self._again(row, known.revision, now)
+                    if isinstance(again, Released):
+                        return again
+                    late = lost() if again is Outcome.LOST else changing()
                     continue
                 state = State(row.state)  # step 4
                 if state is not State.OPEN:
@@ -149,10 +152,11 @@ class Releaser:
                 )
                 if released is not None:
                     return released
-            raise changing()
+                late = changing()
+            raise late
 
-    async def _again(self, row: LaunchRow, revision: int, now: datetime) -> Released | None:
-        """The answer that this request got before; None where the documents changed meanwhile."""
+    async def _again(self, row: LaunchRow, revision: int, now: datetime) -> Released | Outcome:
+        """The answer that this request got before; or why it has to be looked for again, as `Store.confirm` says."""
         reason = known_reason(row.reason)  # a newer replica's own reads as LAUNCH_REFUSED, below
         if row.state == State.REFUSED and reason is not None and row.audit_id is not None:
             raise refusal(reason, row.audit_id)
@@ -179,9 +183,8 @@ class Releaser:
             raise refusal_for(findings, audit.audit_id)
         # The release itself may not be confirmed yet: whoever asked first was told nothing then.
         assert row.audit_id is not None  # noqa: S101 -- a released launch has a record
-        if await self._d.store.confirm(row.launch_id, row.audit_id, revision) is not Outcome.DONE:
-            return None
-        return _released(view(row), row.packet)
+        outcome = await self._d.store.confirm(row.launch_id, row.audit_id, revision)
+        return _released(view(row), row.packet) if outcome is Outcome.DONE else outcome
 
     async def _case(
         self, request: ReleaseRequest, *, key: RequestKey, content: bytes, row: LaunchRow, known: Known, now: datetime

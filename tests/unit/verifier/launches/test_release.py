@@ -29,7 +29,7 @@ from verifier.launches.launch import Begun, ReleaseRequest
 from verifier.launches.release import Releaser
 from verifier.secrets.release import read_generated
 from verifier.secrets.router import Secrets
-from verifier.store.rows import Outcome
+from verifier.store.rows import Known, Outcome, Packet, RequestKey, RequestRow
 
 
 async def ready(d: Desk) -> tuple[Begun, Guest, bytes]:
@@ -422,6 +422,67 @@ async def test_a_repeat_is_answered_only_once_the_release_is_confirmed(
         assert again.reason is Reason.OUTCOME_UNKNOWN
         monkeypatch.undo()
         assert await d.release(begun.launch.launch_id, blob, request_id=request_id) == first
+
+
+@pytest.mark.parametrize(
+    ("outcome", "words"),
+    [
+        (Outcome.LOST, "the release is not in the store that answers now"),
+        (Outcome.DOCUMENTS_CHANGED, "the owner's documents change faster"),
+    ],
+)
+async def test_a_repeat_that_is_never_confirmed_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outcome: Outcome, words: str
+) -> None:
+    async with desk(tmp_path) as d:
+        begun, _, blob = await ready(d)
+        request_id = uuid4()
+        first = await d.release(begun.launch.launch_id, blob, request_id=request_id)
+
+        async def confirm(*_what: object) -> Outcome:
+            return outcome
+
+        monkeypatch.setattr(d.store, "confirm", confirm)
+        again = await refused(d.release(begun.launch.launch_id, blob, request_id=request_id))
+        assert again.reason is Reason.STORE_UNAVAILABLE
+        assert again.message.startswith(words)
+        monkeypatch.undo()
+        assert await d.release(begun.launch.launch_id, blob, request_id=request_id) == first
+
+
+async def test_a_repeat_whose_release_was_lost_with_a_server_is_decided_by_what_the_next_one_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with desk(tmp_path) as d:
+        begun, guest, blob = await ready(d)
+        request = ReleaseRequest(
+            caller=CALLER,
+            request_id=uuid4(),
+            launch_id=begun.launch.launch_id,
+            blob=MeasurementBlob.parse(blob),
+            firmware=FIRMWARE,
+        )
+        # What the server of before says, once; the launch is open in the store, which is the next one's.
+        key = RequestKey(caller=CALLER, method="ReleaseSecret", request_id=request.request_id)
+        known = await d.store.known(key, request.launch_id)
+        assert known.launch is not None
+        gone = replace(
+            known.launch,
+            state="released",
+            end_time=d.clock.now(),
+            audit_id=uuid4(),
+            packet=Packet(header=bytes(52), payload=bytes(16), receipt="lost"),
+        )
+        row = RequestRow(key=key, content=request.content(), launch_id=request.launch_id)
+
+        async def before(*_asked: object, **_more: object) -> Known:
+            monkeypatch.undo()
+            return replace(known, launch=gone, request=row)
+
+        monkeypatch.setattr(d.store, "known", before)
+        released = await d.releaser.release(request)
+        assert guest.open(released, blob) == (SecretEntry(guid=SECRET_GUID, data=SECRET),)
+        assert await d.releaser.release(request) == released
 
 
 async def test_what_is_taken_back_while_a_repeat_is_confirmed_counts(
