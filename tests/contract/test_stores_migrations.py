@@ -158,7 +158,7 @@ async def test_a_step_waits_for_a_table_for_so_long_and_no_longer(place: Place, 
         assert applied(place, request) == NOW
         # The turn was given back: replicas that serve go on.
         store = place.store()
-        await store.open()
+        await store.open(make=True)
         assert await store.open_launch(opening()) is Outcome.DONE
         await store.close()
     await opened(place, ADDITIVE)

@@ -65,19 +65,19 @@ async def test_a_server_that_stands_still_after_the_login_ends_a_start_and_not_t
     store = way.store()
     way.relay.stand_still()
     with pytest.raises(Unavailable, match="the store cannot be reached: the server does not answer"):
-        await store.open()
+        await store.open(make=True)
     assert way.relay.logins == 1
     # Whoever stands still is not asked to cancel either: that would be waited for, too.
     assert way.relay.cancels == 0
     way.go_on()
-    await store.open()
+    await store.open(make=True)
     assert await store.open_launch(opening()) is Outcome.DONE
     await store.close()
 
 
 async def test_a_server_that_stands_still_under_the_store_is_an_outage_that_spends_nothing_and_passes(way: Way) -> None:
     store = way.store()
-    await store.open()
+    await store.open(make=True)
     new = opening(spending=SPENDING)
     assert (await store.head())[0] == 0
     way.relay.stand_still()
@@ -98,7 +98,7 @@ async def test_a_server_that_stands_still_under_the_store_is_an_outage_that_spen
 
 async def test_many_who_wait_for_one_that_stands_still_are_all_told(way: Way) -> None:
     store = way.store()
-    await store.open()
+    await store.open(make=True)
     way.relay.stand_still()
     calls = [store.open_launch(opening(cap=20)) for _ in range(10)] + [store.head() for _ in range(10)]
     ended = await asyncio.gather(*calls, return_exceptions=True)
@@ -117,7 +117,7 @@ async def test_a_commit_at_which_the_server_stands_still_is_an_unknown_outcome_t
             steps.pop()()
 
     store = way.store(on_step)
-    await store.open()
+    await store.open(make=True)
     new = opening(spending=SPENDING)
     with pytest.raises(OutcomeUnknown, match="the server does not answer"):
         await store.open_launch(new)
@@ -135,19 +135,19 @@ async def test_a_step_of_the_schema_at_which_the_server_stands_still_ends_the_st
     first, *_ = steps = migrations("postgres")
     store = way.store()
     store._steps = [first]
-    await store.open()
+    await store.open(make=True)
     await store.close()
     store = way.store()
     way.relay.still_at = b"CREATE TABLE document_seal"
     monkeypatch.setattr(postgres_link, "STEP_S", SOON_S)
     with pytest.raises(Unavailable, match="the server does not answer"):
-        await store.open()
+        await store.open(make=True)
     assert way.relay.still
     assert way.relay.cancels == 0
     way.go_on()
     monkeypatch.undo()
     applied = f'SELECT name FROM "{postgres_schema}".migration ORDER BY number'  # noqa: S608 -- the test's
     assert postgres_server.sql(applied).splitlines() == [first.name]
-    await store.open()
+    await store.open(make=True)
     assert postgres_server.sql(applied).splitlines() == [each.name for each in steps]
     await store.close()

@@ -229,8 +229,10 @@ async def test_a_database_that_takes_sessions_and_answers_nothing_loses_nothing(
 ) -> None:
     socket = folder / "pg"
     socket.mkdir()
-    site = VerifierSite.make(folder, extra=LIMITS, dsn=database.replace(str(server.folder), str(socket)))
+    reached = database.replace(str(server.folder), str(socket))
+    site = VerifierSite.make(folder, extra=LIMITS, dsn=reached, init=False)
     async with relay_to(server.folder, socket) as relay:
+        await asyncio.to_thread(site.init)
         app = App(site.config, configure("sev-verifier"), real_surroundings())
         try:
             async with told(site, (await app.start()).launches) as story:
