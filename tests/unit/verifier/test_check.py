@@ -328,7 +328,7 @@ def test_audit_shows_what_somebody_wrote_and_tells_no_terminal_what_to_do(
 ) -> None:
     async def fill() -> None:
         store = SqliteStore(site.folder / "state")
-        await store.open()
+        await store.open(make=True)
         for event, said in (("launch.refused\x1b[2J", body), ("launch.begun", "{}")):
             await store.record(replace(record(event, body=said), caller="c\x1b[2J"))
         await store.close()
