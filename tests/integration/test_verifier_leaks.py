@@ -16,10 +16,8 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,7 +39,7 @@ from tests.support.metrics import Page, scrape, where
 from tests.support.owner_process import owner_environ
 from tests.support.postgres import Server, start_server
 from tests.support.spellings import files_in, leaks, planted
-from tests.support.verifier_process import ServingVerifier, VerifierSite
+from tests.support.verifier_process import ServingVerifier, VerifierSite, proc
 from verifier.config import load_config
 from verifier.keys.base import identity_place
 from verifier.keys.file import FileKey
@@ -53,9 +51,10 @@ from verifier.library.prepared import prepare
 from verifier.parts import make_store
 
 pytestmark = pytest.mark.slow
-
 TOKEN = "hvs.canary-" + os.urandom(12).hex()
 GUIDS = [f"43ced044-42ec-487a-88b7-261bda359f{number:02x}" for number in range(4)]
+
+
 # PostgreSQL writes every statement down, with every value that was bound to it.
 TALKATIVE = ("log_statement=all", "log_min_messages=debug1", "log_parameter_max_length_on_error=-1")
 
@@ -225,9 +224,6 @@ def life(request: pytest.FixtureRequest) -> Iterator[Life]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-# The life.
-
-
 async def owners_day(life: Life) -> None:
     """What an owner does over the network."""
     inputs = life.folder / "inputs"
@@ -357,11 +353,6 @@ async def own_keys(life: Life) -> dict[str, bytes]:
     return {"pseudonym": opened[PSEUDONYM], "signing": signing.private_numbers().private_value.to_bytes(32, "big")}
 
 
-def proc(pid: int, name: str) -> bytes:
-    """What the kernel tells the root of a process."""
-    return Path(f"/proc/{pid}/{name}").read_bytes()
-
-
 async def test_nothing_secret_shows_anywhere_in_a_verifiers_whole_life(life: Life) -> None:
     async with life.served() as serving:
         assert b"GRPC_VERBOSITY=debug" in proc(serving.process.pid, "environ")
@@ -407,72 +398,3 @@ def prove_the_scan(life: Life) -> None:
         for how, text in planted(secret):
             copy = {where: place[:half] + text + place[-half:]}
             assert leaks({name: secret}, copy) == [f"{name} in {where}"], how
-
-
-# Memory.
-
-
-NOBODY = 65534
-READ = """
-import errno, sys
-for name in ("mem", "maps", "environ"):
-    try:
-        with open(f"/proc/{sys.argv[1]}/{name}", "rb") as file:
-            file.read(0 if name == "mem" else 1)
-        print(name, "read")
-    except OSError as error:
-        print(name, errno.errorcode[error.errno])
-"""
-
-
-def as_nobody() -> Sequence[str]:
-    """What runs a program as a user without rights; nothing where we are one."""
-    if os.geteuid() != 0:
-        return ()
-    words = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
-    if shutil.which("setpriv") is None or subprocess.run([*words, sys.executable, "-c", ""], check=False).returncode:
-        pytest.skip("no setpriv, or a user without rights cannot run this Python")
-    return words
-
-
-def read_of(pid: int, under: Sequence[str]) -> dict[str, str]:
-    """What another process of the same user may read of a process."""
-    words = [*under, sys.executable, "-c", READ, str(pid)]
-    said = subprocess.run(words, check=True, capture_output=True, text=True).stdout
-    pairs = (line.partition(" ") for line in said.splitlines())
-    return {name: how for name, _, how in pairs}
-
-
-def test_another_process_of_the_same_user_cannot_read_the_verifiers_memory() -> None:
-    under = as_nobody()
-    folder = Path(tempfile.mkdtemp(prefix="sevattest-m-"))
-    try:
-        site = VerifierSite.make(folder)
-        if under:
-            for path in (folder, *folder.rglob("*")):
-                os.chown(path, NOBODY, NOBODY)
-        with site.serve(as_nobody=bool(under)) as serving:
-            pid = serving.process.pid
-            user = NOBODY if under else os.getuid()
-            assert f"Uid:\t{user}\t".encode() in proc(pid, "status")
-            assert read_of(pid, under) == {"mem": "EACCES", "maps": "EACCES", "environ": "EACCES"}
-            limits = proc(pid, "limits").decode().splitlines()
-            (core,) = [line.split() for line in limits if line.startswith("Max core file size")]
-            assert core[4:6] == ["0", "0"]
-        # Any other program of that user's can be read.
-        with subprocess.Popen([*under, sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-            seen = read_of(other.pid, under)
-            other.communicate(b"\n")
-        assert (seen["maps"], seen["environ"]) == ("read", "read")
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def test_a_verifier_does_not_start_where_grpc_would_write_messages_into_the_log(tmp_path: Path) -> None:
-    site = VerifierSite.make(tmp_path)
-    words = [sys.executable, "-m", "verifier.cli", "serve", "--config", str(site.config)]
-    done = subprocess.run(
-        words, env={**os.environ, "GRPC_TRACE": "all"}, capture_output=True, text=True, check=False, timeout=60
-    )
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "sev-verifier: environment: GRPC_TRACE must not be set for a service\n"

@@ -16,7 +16,7 @@ from uuid import UUID, uuid4
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from common.errors import SevattestError
+from common.errors import Reason, SevattestError
 from common.sev.abi import PEK_OCA_CEK_SIZE, Algo, PlatformState, Usage
 from common.sev.certs.sev import SevCertificate, encode
 from common.sev.measurement import FirmwareVersion
@@ -268,6 +268,10 @@ async def rig(folder: Path, **options: Any) -> AsyncIterator[Rig]:
 def machines_live_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the agent not wait long whether a machine whose monitor broke off dies; for tests in which it does not."""
     monkeypatch.setattr(custody, "_DYING", 0.05)
+
+
+def reason(launch: Launch) -> Reason | None:
+    return None if launch.failure is None else launch.failure.reason
 
 
 def pid_of(launch: Launch) -> int:

@@ -242,6 +242,11 @@ class ServingVerifier:
         return await asyncio.to_thread(self.process.wait, _START_TIMEOUT)
 
 
+def proc(pid: int, name: str) -> bytes:
+    """What the kernel tells the root of a process."""
+    return Path(f"/proc/{pid}/{name}").read_bytes()
+
+
 def killer(step: str) -> Callable[[str], None]:
     """A hook that kills this process at `step`, as `kill -9` would."""
 
