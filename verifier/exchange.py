@@ -135,11 +135,11 @@ class Denied:
         """
         self._revoked = join(documents.revocations.values()).chips
         self._deny()
-        if self._unasked and self._resolve is not None:
+        if (asked := self._unasked) and self._resolve is not None:
             with suppress(TimeoutError):
                 async with asyncio.timeout(RESOLVE_WITHIN_S):
-                    await self._resolve(self._unasked)
-            self._unasked = frozenset()
+                    await self._resolve(asked)
+            self._unasked -= asked  # not those that came meanwhile, of a SIGHUP
 
     def _deny(self) -> None:
         new = self.chips.set_owners({*self._configured, *self._revoked})

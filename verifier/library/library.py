@@ -117,7 +117,7 @@ class Library:
             revision: the store's, where it was just read.
 
         Raises:
-            InvalidInput: no folder was loaded yet and the folder is bad.
+            InvalidInput: no set was in force yet, and none can be now (INVALID_CONFIGURATION); the log says why.
             Unavailable: the store has no answer, or what is in it was found not to be as it was sealed
                 (DOCUMENTS_NOT_SEALED).
         """
@@ -125,7 +125,11 @@ class Library:
             raise not_sealed()
         known = self._documents
         if known is None:
-            return await self.load()
+            try:
+                return await self.load()
+            except InvalidDocument as error:
+                # Callers read it: what the owner's files are called and hold is in the log, with the next sweep.
+                raise unusable("the owner's documents cannot be used now, the owner's log says why") from error
         if revision is None:
             revision = await self._rows.revision()
         return known if revision == known.revision else await self.look()

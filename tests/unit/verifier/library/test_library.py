@@ -360,6 +360,25 @@ async def test_a_name_that_was_applied_cannot_come_into_the_folder(folder: Path)
     assert prepared.workload.version == "1"
 
 
+async def test_who_asks_for_a_decision_is_told_no_files_name_also_before_there_was_any_set(folder: Path) -> None:
+    rows = AppliedDocuments(sealed=False)
+    rows.apply(document())
+    shelf = Shelf(folder, rows)
+    with pytest.raises(Unavailable):
+        await shelf.library.load()
+    write_document(folder, version("2"), "secret-name.yaml")
+    rows.sealed = True
+    with pytest.raises(InvalidDocument, match=r"secret-name.yaml: metadata: Workload web is both in the folder"):
+        await shelf.library.look()  # the sweep, which tells the owner
+    with pytest.raises(InvalidInput) as caught:
+        await shelf.library.current()
+    assert caught.value.reason is Reason.INVALID_CONFIGURATION
+    assert "web" not in str(caught.value)
+    assert caught.value.problems == ()
+    rows.delete("Workload", "web")
+    assert (await shelf.library.current()).workload("web") is not None
+
+
 async def test_a_name_in_two_places_that_another_process_made_is_used_by_nobody(folder: Path) -> None:
     write_document(folder, document())
     shelf = await loaded(folder)
