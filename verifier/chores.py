@@ -11,11 +11,13 @@ from contextlib import suppress
 from datetime import datetime
 from typing import NoReturn
 
+import msgspec
+
 from common.amd.kds import KeyService
 from common.audit.chain import Head, broken, verify_chain
-from common.audit.checkpoint import checkpoint_claims
-from common.audit.jws import CHECKPOINT_TYPE
-from common.errors import Reason, SevattestError
+from common.audit.checkpoint import checkpoint_claims, read_checkpoint
+from common.audit.jws import CHECKPOINT_TYPE, read_key_set
+from common.errors import InvalidInput, Reason, Refused, SevattestError
 from common.sev.certs.roots import Root
 from common.telemetry.log import Log
 from verifier.config import AuditConfig
@@ -44,7 +46,8 @@ class Checkpoints:
     """Signs the head of the audit log, now and then.
 
     What was signed last is remembered, and nothing is signed that does not follow from it: who has the database alone
-    could otherwise write the log anew and have that signed.
+    could otherwise write the log anew and have that signed. Nor does a checkpoint count as signed that is not kept:
+    somebody could have put another one into its place.
 
     The time of a checkpoint is the log's own: so all replicas sign the same for the same record, and never an earlier
     one for a later record, whatever their clocks say at the moment.
@@ -66,6 +69,7 @@ class Checkpoints:
         self.signed: Head | None = None
         self.signed_time: datetime | None = None
         self._latest: datetime | None = None  # the log's time where it was signed last
+        self._keys = read_key_set(msgspec.json.encode(signer.jwks()))
         self._clock = asyncio.get_running_loop().time
         self._last = float("-inf")
 
@@ -74,7 +78,8 @@ class Checkpoints:
 
         Raises:
             Unavailable: the store has no answer.
-            Refused: the log is not the one that was signed (BAD_SIGNATURE); it is not signed.
+            Refused: the log is not the one that was signed, and it is not signed; or the checkpoint is not kept
+                (BAD_SIGNATURE).
         """
         new = await self._new()
         due = new >= self._config.checkpoint_records
@@ -117,8 +122,17 @@ class Checkpoints:
     async def _sign(self) -> None:
         (head, latest), now = await self._head(), await self._time.now()
         token = self._signer.sign(checkpoint_claims(head, time=latest, issuer=self._issuer), typ=CHECKPOINT_TYPE)
-        await self._store.keep_checkpoint(Checkpoint(number=head.number, token=token))
+        if not await self._store.keep_checkpoint(Checkpoint(number=head.number, token=token)):
+            await self._require_kept(head)
         self.signed, self._latest, self.signed_time, self._last = head, latest, now, self._clock()
+
+    async def _require_kept(self, head: Head) -> None:
+        """Return if the checkpoint of another replica, which stands in the place of ours, says the same."""
+        for kept in await self._store.checkpoints(after=head.number - 1, limit=1):
+            with suppress(InvalidInput, Refused):
+                if read_checkpoint(kept.token, self._keys).head == head:
+                    return
+        raise broken(head.number, "was signed, and its checkpoint is not kept: another one stands there")
 
 
 async def sweep(

@@ -10,17 +10,20 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 
-from common.audit.chain import record_hash
-from common.audit.checkpoint import read_checkpoint, verify_checkpoints
-from common.audit.jws import read_key_set
+from common.audit.chain import Head, record_hash
+from common.audit.checkpoint import checkpoint_claims, read_checkpoint, verify_checkpoints
+from common.audit.jws import CHECKPOINT_TYPE, read_key_set
 from common.errors import Reason, Refused, SevattestError, Unavailable
 from tests.support.desk import START, VERIFIER, Desk, desk
 from tests.support.recording_log import RecordingLog
 from tests.support.store_rows import audit
 from verifier.chores import Checkpoints, sweep
 from verifier.config import AuditConfig
+from verifier.keys.signer import Signer
 from verifier.launches.broker import Broker
+from verifier.store.rows import Checkpoint
 from verifier.store.sql_rows import AUDIT_COLUMNS
 from verifier.store.sqlite_file import FILE_NAME
 
@@ -222,3 +225,41 @@ async def test_a_log_that_cannot_be_read_is_not_called_broken(
     await asyncio.gather(task, return_exceptions=True)
     assert [each.name for each in log.events if each.level == "error"] == [event]
     assert unready == ["audit"]
+
+
+async def plant(d: Desk, number: int, token: str) -> None:
+    await d.store.keep_checkpoint(Checkpoint(number=number, token=token))
+
+
+@pytest.mark.parametrize("planted", ["an earlier one", "another's", "none at all"])
+async def test_a_checkpoint_that_somebody_put_into_the_place_of_the_next_is_no_checkpoint(
+    d: Desk, planted: str
+) -> None:
+    chore = checkpoints(d)
+    await record(d, 2)
+    await chore.maybe()
+    (earlier,) = await d.store.checkpoints(after=0, limit=2)
+    claims = checkpoint_claims(Head(number=4, hash=bytes(32)), time=START, issuer=VERIFIER)
+    another = Signer(ec.generate_private_key(ec.SECP256R1())).sign(claims, typ=CHECKPOINT_TYPE)
+    await plant(d, 4, {"an earlier one": earlier.token, "another's": another, "none at all": "x"}[planted])
+    await record(d, 2)
+    for _ in range(2):  # until somebody has looked
+        with pytest.raises(
+            Refused, match="record 4 was signed, and its checkpoint is not kept: another one stands there"
+        ):
+            await chore.maybe()
+    assert chore.signed is not None
+    assert chore.signed.number == 2  # which is what the metrics say, too
+    await record(d, 2)
+    await chore.maybe()
+    assert chore.signed.number == 6
+
+
+async def test_the_checkpoint_of_another_replica_in_the_place_of_ours_is_as_good(d: Desk) -> None:
+    one, other = checkpoints(d), checkpoints(d)
+    await record(d, 2)
+    for chore in (one, other):
+        await chore.maybe()
+        assert chore.signed is not None
+        assert chore.signed.number == 2
+    assert await signed(d) == [2]
