@@ -33,6 +33,8 @@ from verifier.store.rows import Checkpoint
 
 # A key service that did not answer is asked again for the deny-list's chips after this time.
 _RESOLVE_AGAIN_S = 600.0
+# … and one that did not know some of them (a folder gets its files by hand; a service that is down says so, too).
+RESOLVE_UNKNOWN_S = 3600.0
 _REWRAP_BATCH = 100
 _RECORDS = 200  # verified at once before a checkpoint: some milliseconds
 # Where nothing is left to re-wrap; new keys come with a SIGHUP, which wakes the chore.
@@ -212,7 +214,7 @@ async def rewrap(chore: Rewrap, wake: asyncio.Event, log: Log) -> NoReturn:
 async def resolve_denied(
     denied: DenyList, service: KeyService, roots: Sequence[Root], wake: asyncio.Event, log: Log
 ) -> NoReturn:
-    """Learns the keys behind denied chip ids: at start, when the list changes, and again where there was no answer.
+    """Learns the keys behind denied chip ids: at start, when the list changes, and again where there was no key.
 
     Apart from the sweep: a key service that is slow to answer must not keep spent keys on the disk.
     """
@@ -220,5 +222,5 @@ async def resolve_denied(
         wake.clear()
         complete = await denied.resolve(service, roots, log)
         with suppress(TimeoutError):
-            async with asyncio.timeout(None if complete else _RESOLVE_AGAIN_S):
+            async with asyncio.timeout(RESOLVE_UNKNOWN_S if complete else _RESOLVE_AGAIN_S):
                 await wake.wait()

@@ -87,11 +87,12 @@ class DenyList:
             only: the ids to ask about; None for all.
 
         Returns:
-            Whether every id that the key service knows is resolved.
+            Whether every id that the key service knows is resolved; others it may come to know.
         """
         complete = True
         unknown = self._by_chip_id.keys() - self._fingerprint_of.keys()
-        for chip_id in unknown if only is None else unknown & only:
+        asked = unknown if only is None else unknown & only
+        for chip_id in asked:
             try:
                 async with asyncio.timeout(KEY_SERVICE_TIMEOUT_S):
                     cek = await service.signed_cek(bytes.fromhex(chip_id))
@@ -107,7 +108,10 @@ class DenyList:
                     continue
                 self._fingerprint_of[chip_id] = cek.fingerprint.hex()
                 break
-        log.info("deny_list.resolved", chips=len(self._fingerprint_of), complete=complete)
+            else:
+                complete = False  # what nobody who is trusted signed is no answer
+        if asked:
+            log.info("deny_list.resolved", chips=len(self._fingerprint_of), complete=complete)
         return complete
 
 

@@ -16,9 +16,11 @@ from common.sev.certs.sev import SevCertificate
 from common.sev.certs.verify import VerifiedPlatform
 from common.sev.errors import ParseError, UnsignedCek, UntrustedRoot
 from tests.support.chains import SyntheticPlatform, fresh_ca, make_platform
+from tests.support.eventually import until
 from tests.support.recording_log import RecordingLog
 from tests.support.rpc import SettableClock
 from tests.support.vectors import vectors
+from verifier import chores
 from verifier.documents.broken_chips import BROKEN_CHIPS
 from verifier.launches import platforms
 from verifier.launches.platforms import DenyList, PlatformVerifier
@@ -269,6 +271,27 @@ async def test_an_outage_leaves_the_deny_list_to_be_resolved_later(platform: Syn
     down = FakeKeyService({}, Unavailable(Reason.KEY_SERVICE_UNAVAILABLE, "down"))
     assert not await denied.resolve(down, [platform.root], RecordingLog())
     assert await denied.resolve(FolderKeyService(tmp_path), [platform.root], RecordingLog())
+
+
+async def test_a_denied_chip_that_the_key_service_comes_to_know_is_denied_by_its_key(
+    platform: SyntheticPlatform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chores, "RESOLVE_UNKNOWN_S", 0.01)
+    denied, knows = DenyList([platform.chip_id.hex()]), FakeKeyService({})
+    chore = asyncio.create_task(chores.resolve_denied(denied, knows, [platform.root], asyncio.Event(), RecordingLog()))
+    await until(lambda: knows.calls > len(BROKEN_CHIPS) + 1)
+    fingerprint = platform.chain.cek.fingerprint.hex()
+    assert denied.why(fingerprint) is None
+    knows.known = {platform.chip_id: platform.chain.cek}
+    await until(lambda: denied.why(fingerprint))
+    chore.cancel()
+    await asyncio.gather(chore, return_exceptions=True)
+
+
+async def test_an_answer_that_is_not_genuine_is_no_answer_about_a_denied_chip(platform: SyntheticPlatform) -> None:
+    denied, log = DenyList([platform.chip_id.hex()]), RecordingLog()
+    assert not await denied.resolve(service(platform), [fresh_ca().root], log)
+    assert not log.named("deny_list.resolved")[0].fields["complete"]
 
 
 async def test_a_real_rome_is_verified_to_amds_pinned_root() -> None:
