@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from common.clock import SystemClock
 from common.errors import InvalidInput, SevattestError
 from verifier.config import Config
 from verifier.documents.sources import FileSource, GeneratedSource, Source, VaultSource
@@ -19,7 +20,7 @@ from verifier.library.artefacts import ArtefactShelf, stamp
 from verifier.library.documents import Entry, snapshot
 from verifier.library.folder import read_folder
 from verifier.library.prepared import prepare
-from verifier.library.warnings import warnings_for
+from verifier.library.warnings import overdue, warnings_for
 
 _OTHERS_READ = 0o044
 
@@ -63,7 +64,8 @@ def check_documents(config: Config, findings: Findings) -> None:
             problems = findings.warnings if older else findings.problems
             problems += [f"{entry.file}: {each}" for each in _usable(entry, entry.document, shelf, config, findings)]
         if not older:
-            findings.warnings += [f"{entry.file}: {each}" for each in warnings_for(entry.document, documents)]
+            warnings = (*warnings_for(entry.document, documents), *overdue(entry.document, SystemClock().now()))
+            findings.warnings += [f"{entry.file}: {each}" for each in warnings]
 
 
 def _usable(entry: Entry, workload: Workload, shelf: ArtefactShelf, config: Config, findings: Findings) -> list[str]:

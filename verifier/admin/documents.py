@@ -22,6 +22,7 @@ from verifier.documents.text import spelled_as_json
 from verifier.launches.records import AuditEvent
 from verifier.library.documents import Entry
 from verifier.library.validate import DocumentLibrary, check_document
+from verifier.library.warnings import overdue
 from verifier.store.rows import AdminRequest, AuditRow, DocumentRow, DocumentSeal, Outcome, StoredSecret
 
 # A document is checked again where others changed meanwhile; a pipeline may apply a whole folder at once.
@@ -273,7 +274,10 @@ class DocumentDesk:
         """The document that a text spells, with all that can be said of it beside what is on file at a revision."""
         checked = await check_document(self._library, text, is_json=spelled_as_json(text), has_secret=self._has_secret)
         document = await asyncio.to_thread(filed, checked.entry, newer=checked.newer)
-        return replace(document, warnings=checked.warnings), checked.revision
+        warnings = checked.warnings
+        if checked.entry.document is not None and not checked.newer:
+            warnings += overdue(checked.entry.document, await self._journal.now())
+        return replace(document, warnings=warnings), checked.revision
 
     async def _read(self, text: bytes) -> Filed:
         """The document that a text spells, whether or not it could be kept."""

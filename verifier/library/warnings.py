@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
+from datetime import datetime
 from types import MappingProxyType
 from typing import Any
 
@@ -21,6 +22,13 @@ from verifier.library.documents import Documents
 def warnings_for(document: Document, documents: Documents) -> tuple[str, ...]:
     """The warnings for one document that is in force, each with its path, given all that is on file."""
     return tuple(_WARN[kind_of(document)](document, documents))
+
+
+def overdue(document: Document, now: datetime) -> tuple[str, ...]:
+    """The warning for a grant in force whose time is over."""
+    if isinstance(document, Grant) and document.not_after is not None and document.not_after <= now:
+        return ("spec.not_after: has passed: nothing is begun under this grant",)
+    return ()
 
 
 def superseded_by(newer: str) -> tuple[str, ...]:

@@ -108,6 +108,14 @@ def test_a_secret_that_others_can_read_is_a_warning(site: VerifierSite) -> None:
     assert any("can be read by others" in warning for warning in check(site.config, {}).warnings)
 
 
+@pytest.mark.parametrize(("ends", "over"), [("2020-01-01T00:00:00Z", True), ("9020-01-01T00:00:00Z", False)])
+def test_a_grant_whose_time_is_over_is_a_warning(site: VerifierSite, ends: str, *, over: bool) -> None:
+    write_document(site.folder / "documents", grant(not_after=ends), "fleet.yaml")
+    findings = check(site.config, {})
+    told = "fleet.yaml: spec.not_after: has passed: nothing is begun under this grant"
+    assert (findings.problems, told in findings.warnings) == ([], over)
+
+
 def test_older_versions_stop_nothing(site: VerifierSite) -> None:
     older = document(measure={**document()["spec"]["measure"], "kernel": "gone"})
     older["metadata"]["version"] = "0"

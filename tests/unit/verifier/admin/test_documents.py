@@ -268,6 +268,18 @@ async def test_a_kill_switch_under_an_older_version_is_never_said_to_work(site: 
     assert (await site.owner.documents.get(Kind.GRANT, "fleet", "10")).newer == "11"
 
 
+@pytest.mark.parametrize(("ends", "over"), [("2026-03-01T12:00:00Z", True), ("2026-03-01T12:00:01Z", False)])
+async def test_a_grant_whose_time_is_over_is_taken_with_a_warning(site: OwnerSite, ends: str, *, over: bool) -> None:
+    content = grant("fleet", "2", not_after=ends)
+    told = ("spec.not_after: has passed: nothing is begun under this grant",) if over else ()
+    checked = (await site.owner.documents.check(text(content))).document
+    applied = await site.apply(content)
+    assert (applied.changed, checked.warnings, applied.document.warnings) == (True, told, told)
+    # Of a version that is not in force nothing is said but that.
+    older = (await site.apply(grant("fleet", "1", not_after=ends))).document
+    assert older.warnings == ("metadata.version: 2 is newer and stays in force",)
+
+
 async def test_pages_hold_every_document_once(site: OwnerSite) -> None:
     for name in ("b", "a", "c"):
         for version in ("1", "10"):
