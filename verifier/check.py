@@ -18,7 +18,7 @@ from common.telemetry.endpoint import Endpoint
 from common.telemetry.log import SILENCE
 from verifier.check_documents import Findings, check_documents
 from verifier.config import Config, load_config
-from verifier.parts import make_store, sealing_keys, trusted_roots
+from verifier.parts import make_store, make_vault, sealing_keys, trusted_roots
 
 _NO_KEY_SERVICE = (
     "kds: is not set: platforms whose CEK is unsigned are refused, and chips that are denied by their id are known by "
@@ -43,7 +43,9 @@ def _check_process(config: Config, findings: Findings) -> None:
     steps: tuple[Callable[[Config], Sequence[str]], ...] = (
         _listen,
         _key_files,
+        _pkcs11,
         _store,
+        _vault,
         _tls,
         _admin,
         _roots,
@@ -74,6 +76,25 @@ def _address(setting: str, text: str) -> None:
 def _key_files(config: Config) -> Sequence[str]:
     sealing_keys(config)  # a token is not asked
     return ()
+
+
+def _pkcs11(config: Config) -> Sequence[str]:
+    token = config.pkcs11
+    if token is None:
+        return ()
+    if not token.module.exists():
+        raise InvalidInput(Reason.INVALID_CONFIGURATION, f"pkcs11.module: {token.module}: no such file or directory")
+    return () if token.pin_file.exists() else (f"pkcs11.pin_file: {token.pin_file} is not there: no PIN is tried",)
+
+
+def _vault(config: Config) -> Sequence[str]:
+    make_vault(config)
+    files = {} if config.vault is None else {"token_file": config.vault.token_file, "ca": config.vault.ca}
+    return [
+        f"vault.{name}: {file} is not there: no secret in Vault is read"
+        for name, file in files.items()
+        if file is not None and not file.exists()
+    ]
 
 
 def _store(config: Config) -> Sequence[str]:

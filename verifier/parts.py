@@ -140,21 +140,27 @@ def make_secrets(
     Raises:
         InvalidInput: INVALID_CONFIGURATION.
     """
+    return Secrets(stored=StoredSecrets(store, keyring), vault=make_vault(config), random=random, log=log)
+
+
+def make_vault(config: Config) -> VaultSecrets | None:
+    """Vault, if the configuration names one; it is not asked yet.
+
+    Raises:
+        InvalidInput: INVALID_CONFIGURATION.
+    """
     vault = config.vault
-    asked = (
-        None
-        if vault is None
-        else VaultSecrets(
-            VaultSettings(
-                address=vault.address,
-                token_file=vault.token_file,
-                ca=vault.ca,
-                namespace=vault.namespace,
-                timeout=vault.timeout,
-            )
+    if vault is None:
+        return None
+    return VaultSecrets(
+        VaultSettings(
+            address=vault.address,
+            token_file=vault.token_file,
+            ca=vault.ca,
+            namespace=vault.namespace,
+            timeout=vault.timeout,
         )
     )
-    return Secrets(stored=StoredSecrets(store, keyring), vault=asked, random=random, log=log)
 
 
 def make_key_service(config: Config, roots: tuple[Root, ...]) -> KeyService | None:

@@ -431,6 +431,39 @@ def test_a_vault_secret_without_a_vault_is_a_problem_and_secrets_elsewhere_count
     assert found[1].startswith("web.yaml: spec.secrets: the workload's secrets take")
 
 
+def test_a_vault_that_serve_would_refuse_is_a_problem_and_files_that_may_come_are_warnings(site: VerifierSite) -> None:
+    text = site.config.read_text()
+    vault = '[vault]\naddress = "{}://vault.example:8200"\ntoken_file = "token"\nca = "vault-ca.pem"\n'
+    site.config.write_text(f"{text}\n{vault.format('http')}")
+    assert check(site.config, {}).problems == ["vault.address: must be https://HOST:PORT"]
+    site.config.write_text(f"{text}\n{vault.format('https')}")
+    findings = check(site.config, {})
+    assert findings.problems == []
+    missing = [
+        f"vault.{name}: {site.folder / file}" for name, file in (("token_file", "token"), ("ca", "vault-ca.pem"))
+    ]
+    assert [each for each in findings.warnings if each.startswith("vault.")] == [
+        f"{each} is not there: no secret in Vault is read" for each in missing
+    ]
+    for file in ("token", "vault-ca.pem"):
+        (site.folder / file).touch()
+    assert not [each for each in check(site.config, {}).warnings if each.startswith("vault.")]
+
+
+def test_a_token_library_that_is_not_there_is_a_problem_and_a_pin_that_is_not_a_warning(site: VerifierSite) -> None:
+    named = {name: site.folder / name for name in ("p11.so", "pin")}
+    table = f'[pkcs11]\nmodule = "{named["p11.so"]}"\ntoken = "owner"\nkey = "k"\npin_file = "{named["pin"]}"\n'
+    site.config.write_text(f"{site.config.read_text()}\n{table}")
+    missing = f"pkcs11.module: {named['p11.so']}: no such file or directory"
+    assert missing in check(site.config, {}).problems
+    named["p11.so"].touch()
+    findings = check(site.config, {})
+    assert not [each for each in findings.problems if each.startswith("pkcs11.")]
+    assert f"pkcs11.pin_file: {named['pin']} is not there: no PIN is tried" in findings.warnings
+    named["pin"].touch()
+    assert not [each for each in check(site.config, {}).warnings if each.startswith("pkcs11.")]
+
+
 @pytest.mark.parametrize(
     ("old", "new", "key"),
     [
