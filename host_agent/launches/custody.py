@@ -153,6 +153,19 @@ class Custody:
             await self.end(launch, _E.FAILED, Failure.of(error))
             raise
 
+    async def handed_over(self, launch: Launch) -> Launch:
+        """Write down that the firmware took the packet.
+
+        Raises:
+            OutcomeUnknown: that cannot be written down; the launch stays in INJECTING.
+        """
+        try:
+            return await self._ledger.save(launch.moved(_E.INJECTED, self._clock.now()))
+        except Unavailable as error:
+            raise OutcomeUnknown(
+                Reason.OUTCOME_UNKNOWN, f"the packet was handed over; {error.message}; send the same bytes again"
+            ) from error
+
     async def look(self, launch: Launch, step: Coroutine[Any, Any, _T]) -> _T:
         """Run a step that only reads; the machine's death under it ends the launch, nothing else does.
 
@@ -185,6 +198,16 @@ class Custody:
             return await self._not_resumed(launch, error)
         self.observe("resume: answered", launch.launch_id)
         try:
+            launch = await self._resumed(launch, machine)
+        except Unavailable as error:  # it does not say, or what it says cannot be written down
+            raise _resume_unknown() from error
+        if launch.state is _S.INJECTED:
+            raise PlatformFailed(Reason.HYPERVISOR_FAILED, "the guest is still paused after it was resumed")
+        return launch
+
+    async def _resumed(self, launch: Launch, machine: Machine) -> Launch:
+        """What has become of a launch whose machine said that its guest runs."""
+        try:
             seen = await machine.inspect()
         except SevattestError as error:
             if not await _dying(machine):
@@ -192,10 +215,7 @@ class Custody:
             # It said that the guest runs, and is gone: a short life, but a life.
             launch = await self._ledger.save(launch.moved(_E.RESUMED, self._clock.now()))
             return await self.gone(launch)
-        launch = await self._believe(launch, seen)
-        if launch.state is not _S.RESUMED:
-            raise PlatformFailed(Reason.HYPERVISOR_FAILED, "the guest is still paused after it was resumed")
-        return launch
+        return await self._believe(launch, seen)
 
     async def _not_resumed(self, launch: Launch, error: SevattestError) -> Launch:
         try:

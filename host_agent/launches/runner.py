@@ -94,6 +94,9 @@ class Runner:
             known = self._ledger.repeated(caller, order.request)
             if known is not None:
                 launch = self._ledger.get(caller, known)
+                if launch.state is _S.STARTING:
+                    # Its start failed, and the store had no room for that.
+                    launch, _ = await self._custody.settle(launch)
                 if launch.state in _NEVER_RAN:
                     raise launch.refusal("StartLaunch")
                 return launch
@@ -170,7 +173,7 @@ class Runner:
             self._custody.observe("inject: written down", launch_id)
             await self._custody.hand_over(launch, machine.inject(header, payload))
             self._custody.observe("inject: answered", launch_id)
-            launch = await self._ledger.save(launch.moved(_E.INJECTED, self._clock.now()))
+            launch = await self._custody.handed_over(launch)
             self._custody.observe("inject: done", launch_id)
             return launch
 
@@ -286,8 +289,10 @@ class Runner:
             raise WrongState(Reason.GUEST_BUSY, "the guest has a launch or a running machine", guest=order.guest)
 
     async def _admit(self, caller: str, order: StartRequest, area: Area) -> Launch:
-        # Looked at again: other launches of this guest may have got here first. Only one passes here at a time.
+        # Looked at again: other launches of this guest, or with this request id, may have got here first. Only one
+        # passes here at a time.
         async with self._admission:
+            self._ledger.repeated(caller, order.request)
             self._check_admission(caller, order)
             now = self._clock.now()
             launch = Launch(

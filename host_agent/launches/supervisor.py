@@ -178,7 +178,8 @@ class Supervisor:
             await self._custody.end(launch, _E.FAILED, Failure.of(error))
 
     async def _overdue(self, launch: Launch) -> bool:
-        if launch.state is _S.RESUMED or self._clock.now() - launch.create_time <= self._limits.lifetime:
+        # Also where the clock was set back: how long the guest has stood there is not known any more.
+        if launch.state is _S.RESUMED or abs(self._clock.now() - launch.create_time) <= self._limits.lifetime:
             return False
         if launch.state is _S.RESUMING:
             launch, _ = await self._custody.settle(launch)

@@ -103,6 +103,14 @@ class TestStartLaunch:
         assert [outcome.reason for outcome in refused] == [Reason.GUEST_BUSY] * 3
         assert len(agent.script.started) == 1
 
+    async def test_two_launches_with_one_request_id_at_once_are_not_both_taken(self, agent: Rig) -> None:
+        request_id = uuid4()
+        orders = [agent.order(guest=guest, request_id=request_id) for guest in ("web", "db")]
+        ends = await asyncio.gather(*(agent.runner.start(ALICE, order) for order in orders), return_exceptions=True)
+        [error] = [end for end in ends if isinstance(end, InvalidInput)]
+        assert error.reason is Reason.REQUEST_ID_REUSED
+        assert len(agent.script.started) == 1
+
     async def test_a_guest_is_free_again_when_its_launch_has_ended(self, agent: Rig) -> None:
         launch = await agent.up_to(S.PAUSED)
         await agent.runner.abort(ALICE, launch.launch_id, uuid4())

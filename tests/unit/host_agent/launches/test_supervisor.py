@@ -7,11 +7,11 @@ import signal
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 
-from common.errors import InvalidInput, NotFound, Reason, Unavailable, WrongState
+from common.errors import InvalidInput, NotFound, OutcomeUnknown, Reason, Unavailable, WrongState
 from host_agent.launches.launch import Failure
 from host_agent.launches.state import LaunchState as S
 from tests.support.agent import ALICE, HEADER, LIMITS, PAYLOAD, Rig, alive, machines_live_on, pid_of, reason, rig
@@ -208,6 +208,46 @@ class TestFullDisk:
         done = await agent.runner.inject(ALICE, launch.launch_id, uuid4(), HEADER, PAYLOAD)
         assert done.state is S.INJECTED
 
+    async def test_a_packet_that_was_handed_over_and_not_written_down_is_of_unknown_outcome(
+        self, agent: Rig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        launch = await agent.up_to(S.MEASURED)
+        with monkeypatch.context() as patch:
+            full_after(agent, "inject: answered", patch)
+            with pytest.raises(OutcomeUnknown):
+                await agent.runner.inject(ALICE, launch.launch_id, uuid4(), HEADER, PAYLOAD)
+        assert agent.now(launch).state is S.INJECTING
+        done = await agent.runner.inject(ALICE, launch.launch_id, uuid4(), HEADER, PAYLOAD)
+        assert done.state is S.INJECTED
+
+    @pytest.mark.parametrize("lives", [True, False])
+    async def test_a_guest_that_was_resumed_and_not_written_down_is_of_unknown_outcome(
+        self, agent: Rig, monkeypatch: pytest.MonkeyPatch, *, lives: bool
+    ) -> None:
+        launch = await agent.up_to(S.INJECTED)
+        if not lives:
+            agent.script.set(on={"query-status": [{"do": "events", "count": 0}, {"do": "die"}]})
+        with monkeypatch.context() as patch:
+            full_after(agent, "resume: answered", patch)
+            with pytest.raises(OutcomeUnknown):
+                await agent.runner.resume(ALICE, launch.launch_id, uuid4())
+        assert agent.now(launch).state is S.RESUMING
+        if lives:
+            assert (await agent.runner.resume(ALICE, launch.launch_id, uuid4())).state is S.RESUMED
+
+    async def test_a_start_that_failed_and_could_not_be_written_down_is_no_success_when_it_is_repeated(
+        self, agent: Rig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        order = agent.order()
+        with monkeypatch.context() as patch:
+            full_after(agent, "start: machine checked", patch)
+            for _ in range(2):
+                with pytest.raises(Unavailable):
+                    await agent.runner.start(ALICE, order)
+        with pytest.raises(WrongState) as refusal:
+            await agent.runner.start(ALICE, order)
+        assert refusal.value.reason is Reason.GUEST_GONE
+
     async def test_a_machine_is_ended_although_its_end_cannot_be_written_down_and_the_record_follows(
         self, agent: Rig, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -231,6 +271,16 @@ async def test_two_agents_never_share_a_folder(agent: Rig) -> None:
 
 def full(_launch_id: object, _record: bytes) -> None:
     raise Unavailable(Reason.STORE_UNAVAILABLE, "no space left on device")
+
+
+def full_after(agent: Rig, point: str, patch: pytest.MonkeyPatch) -> None:
+    """Let the disk be full from the moment that a step passes `point`."""
+
+    def note(passed: str, _launch_id: UUID, /) -> None:
+        if passed == point:
+            patch.setattr(agent.folders, "save", full)
+
+    patch.setattr(agent.custody, "observe", note)
 
 
 def test_a_failure_comes_back_as_the_error_that_it_was() -> None:

@@ -279,6 +279,19 @@ class TestRestart:
             assert reason(second.now(launch)) is Reason.LAUNCH_EXPIRED
             assert not alive(pid_of(launch))
 
+    async def test_a_launch_from_a_time_that_has_yet_to_come_is_ended(self, tmp_path: Path) -> None:
+        clock = SettableClock()
+        clock.advance(timedelta(days=5000))  # before the host has heard what time it is
+        first = Rig(tmp_path, clock=clock)
+        first.folders.open()
+        launch = await first.up_to(S.MEASURED)
+        await first.leave()
+        clock.advance(timedelta(days=-5000))
+        async with rig(tmp_path, clock=clock) as second:
+            assert second.now(launch).state is S.ABORTED
+            assert reason(second.now(launch)) is Reason.LAUNCH_EXPIRED
+            assert not alive(pid_of(launch))
+
     async def test_a_record_that_cannot_be_read_stops_the_agent_and_is_named(self, tmp_path: Path) -> None:
         first = Rig(tmp_path)
         first.folders.open()
