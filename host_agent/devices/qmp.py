@@ -47,12 +47,9 @@ class QmpDevice:
         await self._capabilities()
         sev = _members("query-sev", await self._ask("query-sev"))
         runs = sev.get("enabled") is True
-        version = [sev.get(member) for member in ("api-major", "api-minor", "build-id")]
-        if not all(isinstance(part, int) and 0 <= part <= _BYTE_MAX for part in version):
-            raise _nonsense("query-sev", "its version")
-        major, minor, build = (int(str(part)) for part in version)
+        firmware = FirmwareVersion(*(_byte(sev, member) for member in ("api-major", "api-minor", "build-id")))
         return PlatformStatus(
-            firmware=FirmwareVersion(major, minor, build) if runs else None,
+            firmware=firmware if runs else None,
             state=PlatformState.WORKING if runs else PlatformState.INIT,
             externally_owned=None,
             es_enabled=None,
@@ -77,6 +74,13 @@ def _members(command: str, answer: object) -> dict[str, object]:
     if not isinstance(answer, dict):
         raise _nonsense(command, "return")
     return answer
+
+
+def _byte(sev: dict[str, object], member: str) -> int:
+    part = sev.get(member)
+    if not isinstance(part, int) or isinstance(part, bool) or not 0 <= part <= _BYTE_MAX:
+        raise _nonsense("query-sev", "its version")
+    return part
 
 
 def _bytes(told: dict[str, object], member: str, sizes: set[int] | frozenset[int]) -> bytes:

@@ -287,11 +287,13 @@ def _check_object(value: str, refuse: _Refuse) -> None:
         if not isinstance(described, dict):
             raise refuse("-object: this is not a JSON object")
         pairs = [(str(key), str(text)) for key, text in described.items()]
-        kind = str(described.get("qom-type", ""))
     else:
         pairs = _pairs(value)
-        kind = next((text for key, text in pairs if key == "qom-type"), pairs[0][1])
-    if kind.startswith(_GUEST_OBJECTS):
+        pairs[:1] = [(key or "qom-type", text) for key, text in pairs[:1]]
+    # Whichever of several QEMU takes.
+    kinds = [text for key, text in pairs if key == "qom-type"]
+    kind = next((kind for kind in kinds if kind.startswith(_GUEST_OBJECTS)), None)
+    if kind is not None:
         raise refuse(f"-object {kind}: the agent makes the guest's object itself, from the owner's session")
     if ("id", OBJECT_ID) in pairs:
         raise refuse(f"-object: the id {OBJECT_ID} is the agent's own")
@@ -301,7 +303,8 @@ def _check_object(value: str, refuse: _Refuse) -> None:
 def _check_machine(value: str, refuse: _Refuse) -> None:
     if value.lstrip().startswith("{"):
         raise refuse("-machine: write it as key=value")
-    pairs = _pairs(value)
+    # QEMU takes an underscore for a hyphen here (util/keyval.c, keyval_dashify).
+    pairs = [(key.replace("_", "-"), text) for key, text in _pairs(value)]
     for key, _ in pairs:
         if key in _MACHINE_KEYS:
             raise refuse(f"-machine {key}=: {_MACHINE_KEYS[key]}")
@@ -340,6 +343,7 @@ def _channel_paths(value: str) -> list[str]:
     """Files and sockets that a character device makes."""
     pairs = _pairs(value)
     first_key, first = pairs[0]
+    first = first.removeprefix("mon:")  # shared with a monitor
     paths = [text for key, text in pairs if key == "path"]
     return paths + [
         first.removeprefix(prefix) for prefix in _CHANNEL_PREFIXES if not first_key and first.startswith(prefix)

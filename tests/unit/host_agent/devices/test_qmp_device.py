@@ -97,6 +97,17 @@ async def test_an_answer_of_another_kind_is_the_platforms_failure(answer: object
             await step()
 
 
+@pytest.mark.parametrize("part", [True, -1, 256, "1", 1.0, None])
+async def test_a_version_that_is_none_is_the_platforms_failure(part: object) -> None:
+    async def ask(command: str) -> object:
+        sev = {"enabled": True, "api-major": 1, "api-minor": part, "build-id": 24}
+        return sev if command == "query-sev" else CAPABILITIES
+
+    with pytest.raises(PlatformFailed, match="its version") as failure:
+        await QmpDevice(ask).status()
+    assert failure.value.reason is Reason.FIRMWARE_FAILED
+
+
 async def test_a_chip_id_of_another_size_is_the_platforms_failure() -> None:
     with pytest.raises(PlatformFailed):
         await told(**{"cpu0-id": base64.b64encode(bytes(63)).decode()}).chip_id()

@@ -37,6 +37,7 @@ ACCEPTED = [
     ("-machine", "q35,kernel-irqchip=split,memory-backend=ram0"),
     ("-global", "kvm-pit.lost_tick_policy=discard", "-run-with", "async-teardown=on"),
     ("-monitor", "none", "-serial", "stdio"),
+    ("-serial", "mon:stdio", "-machine", "q35,kernel_irqchip=split"),
 ]
 
 
@@ -50,6 +51,7 @@ REFUSED = [
     (("--object", "sev-guest,id=sev0"), "makes the guest's object itself"),
     (("-object", "sev-snp-guest,id=sev0"), "makes the guest's object itself"),
     (("-object", "qom-type=sev-guest,id=sev0"), "makes the guest's object itself"),
+    (("-object", "qom-type=rng-builtin,qom-type=sev-guest,id=sev0"), "makes the guest's object itself"),
     (("-object", '{"qom-type": "sev-guest", "id": "sev0"}'), "makes the guest's object itself"),
     (("-object", '{"qom-type": "rng-builtin", "id": "sevattest0"}'), "is the agent's own"),
     (("-object", "rng-builtin,id=sevattest0"), "is the agent's own"),
@@ -58,6 +60,8 @@ REFUSED = [
     (("-object", "iothread,id=x,session-file=/s"), "come from the owner"),
     (("-machine", "q35,confidential-guest-support=sev0"), "link to the sev-guest object"),
     (("-M", "memory-encryption=sev0"), "link to the sev-guest object"),
+    (("-machine", "q35,confidential_guest_support=sev0"), "link to the sev-guest object"),
+    (("-M", "memory_encryption=sev0"), "link to the sev-guest object"),
     (("-machine", "q35,kernel=/boot/vmlinuz"), "-kernel"),
     (("-machine", "q35,pflash0=node0"), "flash drive"),
     (("-machine", "q35,pflash1=node1"), "stateless"),
@@ -88,6 +92,7 @@ REFUSED = [
     (("-qmp", f"unix:/run/../{STATE}/x,server"), "the agent's own monitor"),
     (("-chardev", "socket,id=a,path=qmp.sock,server=on"), "the agent's own monitor"),
     (("-serial", "file:record.json"), "the agent's own"),
+    (("-serial", "mon:unix:qmp.sock,server=on"), "the agent's own monitor"),
     (("-D", f"{STATE}/lock"), "the agent's own"),
     (("-pidfile", "pid"), "the agent's own"),
     (("-kernel", "vmlinuz"), "absolute"),
