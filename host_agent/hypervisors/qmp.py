@@ -10,7 +10,8 @@ come from runs of QEMU 7.2 and 10.0; when QEMU exits, its client may see ECONNRE
 While a client is still leaving, the next one may be sent away, or greeted and then not heard (about one in five hundred
 that follow at once). Nothing of ours was said by then, so whoever comes begins again. A client that comes while QEMU
 10.0 is starting and leaves before it was greeted kills it (SIGSEGV, or an assertion in char-socket.c; 5 of 24,000
-starts): the monitor is on its way from one thread to another. So nobody of ours leaves before the greeting.
+starts): the monitor is on its way from one thread to another. So nobody of ours leaves before the greeting, or before
+a second has gone by without one.
 
 Time limits are `asyncio.timeout`: `asyncio.wait_for` of Python 3.11 drops a cancellation that comes with a result.
 """
@@ -184,6 +185,7 @@ async def is_taken(folder: Path, name: str) -> bool:
             return True
         except OSError as error:
             return error.errno not in {errno.ENOENT, errno.ECONNREFUSED, errno.ENOTDIR}
+        await _linger(connection, _GREETS)
     return True
 
 
@@ -226,7 +228,11 @@ async def _connect(folder: Path, name: str, listener: int | None) -> tuple[socke
                 break
             except BlockingIOError:  # EAGAIN: the backlog is full
                 await asyncio.sleep(_RETRY)
-        peer = _checked_listener(connection, listener)
+        try:
+            peer = _checked_listener(connection, listener)
+        except PermissionError:
+            await _linger(connection, _GREETS)
+            raise
     except BaseException:
         connection.close()
         raise

@@ -7,7 +7,7 @@ import json
 import os
 import socket
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, closing, suppress
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import pytest
 from common.errors import Unavailable
 from common.rpc.steps import drain
 from host_agent.hypervisors import qmp
-from host_agent.hypervisors.qmp import listening_pid, monitor
+from host_agent.hypervisors.qmp import is_taken, listening_pid, monitor
 from tests.support.agent import Script, open_descriptors
 from tests.support.eventually import until
 from tests.support.fake_monitor import GREETING, LONG, SHORT, SOCKET, TOLERANCE, qemu, script, session
@@ -82,26 +82,51 @@ async def test_one_that_is_always_lost_is_told_so_and_has_said_nothing() -> None
         assert heard == []
 
 
+async def who_listens(folder: Path) -> None:
+    assert await listening_pid(folder, "q", limit=LONG) == os.getpid()
+
+
+async def whether_it_is_taken(folder: Path) -> None:
+    assert await is_taken(folder, "q")
+
+
+async def another_than_expected(folder: Path) -> None:
+    with pytest.raises(Unavailable, match="another process"):
+        async with monitor(folder, "q", limit=LONG, listener=1):
+            pass
+
+
+@pytest.mark.parametrize("ask", [who_listens, whether_it_is_taken, another_than_expected])
 @pytest.mark.parametrize("greeting", [b"{", b""], ids=["greets", "says nothing"])
 async def test_who_only_asks_who_listens_does_not_leave_before_the_greeting(
-    greeting: bytes, monkeypatch: pytest.MonkeyPatch
+    ask: Callable[[Path], Awaitable[None]], greeting: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(qmp, "_GREETS", 1.0 if not greeting else LONG)
+    with short_folder() as folder:
+        async with a_monitor_that_is_starting(folder, 0.05, greeting) as left:
+            await ask(folder)
+            await until(lambda: bool(left))
+    assert left == [True]  # and not before the greeting
+
+
+@asynccontextmanager
+async def a_monitor_that_is_starting(folder: Path, seconds: float, greeting: bytes) -> AsyncIterator[list[bool]]:
+    """A monitor that greets late; of each client, whether it stayed until then."""
     left: list[bool] = []
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(0.05):  # a QEMU that is still starting
-                left.append(not await reader.read(1))
-        writer.write(greeting)
-        left.append(not await reader.read(1))
-        writer.close()
+        with closing(writer), suppress(ConnectionError):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await reader.read(1)
+                    left.append(False)
+                    return
+            writer.write(greeting)
+            await reader.read(1)
+            left.append(True)
 
-    with short_folder() as folder:
-        async with await asyncio.start_unix_server(serve, folder / "q"):
-            assert await listening_pid(folder, "q", limit=LONG) == os.getpid()
-            await until(lambda: bool(left))
-    assert left == [True]  # and not before the greeting
+    async with await asyncio.start_unix_server(serve, folder / "q"):
+        yield left
 
 
 @asynccontextmanager
