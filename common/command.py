@@ -87,6 +87,10 @@ def run_command(program: str, command: Callable[[], int], *, extras: Mapping[str
             raise
         complain(program, f"needs the extra sevattest[{extra}]", hint=f"pip install 'sevattest[{extra}]'")
         code = 2
+    except UnicodeEncodeError as error:
+        # Paths may be any bytes; whatever else stands in a command's words becomes text of a message or a file.
+        complain(program, f"a word of the command is not UTF-8 text: {error.object[error.start : error.end]!r}")
+        code = 2
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         complain(program, f"{where}{error.strerror or error}")
@@ -115,13 +119,13 @@ def complain(program: str, *sentences: str, hint: str | None = None) -> None:
 
 
 def _make_streams_usable() -> None:
-    """Have both output streams, and none that fails on a letter that the terminal lacks."""
-    for name in ("stdout", "stderr"):
+    """Have all three streams, and no output that fails on a letter that the terminal lacks."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         # Started without one (`>&-`), and a file that is opened later must not take its number.
         if getattr(sys, name) is None:
-            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 -- open for the process's life
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 -- open for the process's life
         stream = getattr(sys, name)
-        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+        if mode == "w" and isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")
 
 

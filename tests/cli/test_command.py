@@ -12,9 +12,13 @@ from pathlib import Path
 import pytest
 
 from common.command import run_command
+from common.rpc.identity import Role
+from orchestrator.cli import pki
 from tests.support.chains import make_platform
 
 _PROGRAM = [sys.executable, "-c", "import sys; from orchestrator.cli import main; sys.exit(main())"]
+
+_NOBODY = ["--admin", "127.0.0.1:1", "--tls-cert", "c", "--tls-key", "k", "--admin-ca", "a"]
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +80,22 @@ def test_a_command_that_is_started_without_a_stream_still_gives_its_verdict(
     assert b"Traceback" not in said
     # What was meant for the missing stream does not turn up in the other one.
     assert (b"verification failed" in said, b"PDH EP384" in said) == (other == "stderr", other == "stdout")
+
+
+@pytest.mark.parametrize("given", ["<&-", "</dev/null"])
+def test_a_command_that_is_started_without_its_input_reads_none(given: str) -> None:
+    shell = ["sh", "-c", f'exec "$@" {given}', "sh", *_PROGRAM, "owner", "apply", "-f", "-", *_NOBODY]
+    done = subprocess.run(shell, check=False, capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr) == (2, b"sevattest: standard input: is empty\n")
+
+
+def test_a_name_that_is_no_text_is_bad_input(tmp_path: Path) -> None:
+    pki.init(tmp_path)
+    owner = pki.issue(tmp_path, Role.OWNER, "o")
+    reached: list[str | Path] = ["--admin", "127.0.0.1:1", "--admin-ca", tmp_path / "owner-ca.pem"]
+    done = _run("owner", "get", "workload", "\udcff", *reached, "--tls-cert", owner.cert, "--tls-key", owner.key)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr == b"sevattest: a word of the command is not UTF-8 text: '\\udcff'\n"
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
