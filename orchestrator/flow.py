@@ -34,7 +34,8 @@ from uuid import UUID
 
 from common.errors import OutcomeUnknown, Reason, SevattestError, Unavailable, exit_code
 from common.ids import step_request_id
-from orchestrator.drivers.base import Evidence, Host, Measured, Owner, Packet, Session
+from common.rpc.steps import shielded
+from orchestrator.drivers.base import SAYS_NOTHING, Evidence, Host, Measured, Owner, Packet, Session
 
 _T = TypeVar("_T")
 
@@ -177,10 +178,11 @@ class Launch:
             await self._steps()
         except SevattestError as error:
             self._outcome = replace(self._outcome, error=error)
-            await self._give_up(error.reason)
+            # A signal waits for it: whoever sends one is told that the launch was given up.
+            await shielded(self._give_up(error.reason))
         except BaseException:
             # Ctrl-C, or a defect: nobody goes on with this launch, and no guest is left behind paused.
-            await self._give_up(None)
+            await shielded(self._give_up(None))
             raise
         return self._outcome
 
@@ -237,6 +239,9 @@ class Launch:
                 self.on_repeat(step, error, wait)
                 await self.sleep(wait)
             except SevattestError as error:
+                if unknown is not None and error.reason in SAYS_NOTHING:
+                    self._ended(step, began, attempts, unknown)
+                    raise unknown from error
                 self._ended(step, began, attempts, error)
                 raise
             else:

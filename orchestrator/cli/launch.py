@@ -21,6 +21,7 @@ from uuid import UUID, uuid4
 from common.command import complain
 from common.errors import InvalidInput, Reason, SevattestError, exit_code
 from common.ids import canonical_uuid
+from orchestrator.cli.owner.text import clean
 from orchestrator.cli.receipt import readable
 from orchestrator.flow import Launch, Order, Outcome, Step, StepResult
 
@@ -98,25 +99,28 @@ async def _run(args: argparse.Namespace, order: Order, agent_ca: Path, verifier_
     agent_tls = ClientTls(cert=args.tls_cert, key=args.tls_key, server_ca=agent_ca)
     verifier_tls = ClientTls(cert=args.tls_cert, key=args.tls_key, server_ca=verifier_ca)
     outcome: Outcome | None = None
-    try:
-        async with open_channel(args.agent, agent_tls) as agent, open_channel(args.verifier, verifier_tls) as verifier:
-            launch = Launch(
-                host=AgentHost(agent),
-                owner=VerifierOwner(verifier),
-                order=order,
-                on_step=_no_line if args.json else print_step,
-                on_repeat=print_repeat,
-            )
-            with _ended_by_sigterm():
+    with _ended_by_sigterm():
+        try:
+            async with (
+                open_channel(args.agent, agent_tls) as agent,
+                open_channel(args.verifier, verifier_tls) as verifier,
+            ):
+                launch = Launch(
+                    host=AgentHost(agent),
+                    owner=VerifierOwner(verifier),
+                    order=order,
+                    on_step=_no_line if args.json else print_step,
+                    on_repeat=print_repeat,
+                )
                 outcome = await launch.run()
-    except asyncio.CancelledError:
-        # A signal that came when the launch had ended, while the connections close, changes nothing about it.
-        if outcome is None:
-            raise
-    if args.json:
-        _say(json.dumps(as_json(outcome), indent=2))
-    else:
-        print_end(outcome)
+        except asyncio.CancelledError:
+            # A signal that came when the launch had ended, while the connections close, changes nothing about it.
+            if outcome is None:
+                raise
+        if args.json:
+            _say(json.dumps(as_json(outcome), indent=2))
+        else:
+            print_end(outcome)
     return 0 if outcome.error is None else exit_code(outcome.error)
 
 
@@ -142,7 +146,7 @@ def step_line(result: StepResult, outcome: Outcome) -> str:
     text = f"{result.step:<{_WIDTH}} {result.seconds * 1000:8.1f} ms"
     said = "failed" if result.error else _said(result.step, outcome)
     repeats = f"  (attempt {result.attempts})" if result.attempts > 1 else ""
-    return f"{text}  {said}{repeats}".rstrip()
+    return f"{text}  {clean(said)}{repeats}".rstrip()
 
 
 def _said(step: Step, outcome: Outcome) -> str:

@@ -7,9 +7,10 @@ as it answered the first; whoever calls twice on purpose gets another id each ti
 from __future__ import annotations
 
 import asyncio
+import json
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 from typing import Any, Protocol, TypeVar
 from uuid import UUID, uuid4
@@ -18,7 +19,7 @@ import grpc.aio
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from common import wire
-from common.errors import OutcomeUnknown, Unavailable
+from common.errors import InvalidInput, OutcomeUnknown, PlatformFailed, Reason, SevattestError, Unavailable
 from common.rpc import MAX_ADMIN_MESSAGE
 from common.rpc.client import call, open_channel
 from common.rpc.tls import ClientTls
@@ -35,6 +36,7 @@ from orchestrator.drivers.admin_values import (
     Secret,
     SupposedLaunch,
 )
+from orchestrator.drivers.base import SAYS_NOTHING
 from sevattest.v1 import verifier_admin_service_pb2 as pb
 from sevattest.v1 import verifier_service_pb2
 from sevattest.v1.verifier_admin_service_pb2_grpc import VerifierAdminServiceStub
@@ -200,7 +202,10 @@ class VerifierAdmin:
 
     async def jwks(self) -> str:
         """The public keys, the text of a JWK set (`GetSigningKeys`)."""
-        return (await self._ask(self._stub.GetSigningKeys, pb.GetSigningKeysRequest())).jwks
+        jwks = (await self._ask(self._stub.GetSigningKeys, pb.GetSigningKeysRequest())).jwks
+        with _understood():
+            json.loads(jwks)
+        return jwks
 
     # Calling.
 
@@ -235,6 +240,10 @@ class VerifierAdmin:
                 # Not reached this time; what became of the first is still unknown.
                 if unknown is None:
                     raise
+            except SevattestError as error:
+                if unknown is not None and error.reason in SAYS_NOTHING:
+                    raise unknown from error
+                raise
 
 
 @asynccontextmanager
@@ -248,7 +257,23 @@ def _kind(kind: str) -> pb.DocumentKind.ValueType:
     return pb.DocumentKind.Value(f"DOCUMENT_KIND_{kind.upper()}")
 
 
+@contextmanager
+def _understood() -> Iterator[None]:
+    """Say of the verifier that its answer makes no sense, or is one of a later version.
+
+    Raises:
+        PlatformFailed: `INTERNAL`.
+    """
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, InvalidInput) as error:
+        raise PlatformFailed(Reason.INTERNAL, f"the verifier's answer cannot be used: {error}") from error
+
+
+@_understood()
 def _document(message: pb.Document) -> Document:
+    if message.json:
+        json.loads(message.json)["spec"].items()
     return Document(
         kind=pb.DocumentKind.Name(message.kind).removeprefix("DOCUMENT_KIND_").lower(),
         name=message.name,
@@ -262,6 +287,7 @@ def _document(message: pb.Document) -> Document:
     )
 
 
+@_understood()
 def _launch(message: pb.OwnedLaunch) -> OwnedLaunch:
     launch = message.launch
     firmware = wire.firmware_version(message) if message.HasField("firmware") else None
@@ -305,5 +331,6 @@ def _reason(value: int) -> str | None:
     return None if reason is None else reason.value
 
 
+@_understood()
 def _time(message: Timestamp) -> datetime:
     return message.ToDatetime(tzinfo=UTC)

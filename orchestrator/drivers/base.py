@@ -14,6 +14,9 @@ from uuid import UUID
 from common.errors import Reason
 from common.sev.measurement import FirmwareVersion
 
+# Answers to a repeat that nobody looked at, or not to its end: they do not say what became of the call before.
+SAYS_NOTHING = frozenset({Reason.UNAUTHENTICATED, Reason.ROLE_NOT_ALLOWED, Reason.TOO_MANY_REQUESTS, Reason.INTERNAL})
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:

@@ -16,7 +16,7 @@ import pytest
 from grpc.aio import AioRpcError, Metadata
 
 import orchestrator.drivers.admin
-from common.errors import SevattestError
+from common.errors import LimitExceeded, Reason, SevattestError
 from common.rpc.identity import ActingAs, parse_spiffe_id
 from common.rpc.status import to_status
 from orchestrator.cli import main
@@ -34,7 +34,8 @@ class Faults:
 
     Attributes:
         script: what happens to the next calls of a method, one after another; then all goes well. `unreachable` reaches
-            nobody, `before` fails before there was any effect, `after` loses the answer.
+            nobody, `turned away` nobody who looks at it, `before` fails before there was any effect, `after` loses the
+            answer.
         spoil: changes a method's answers on their way.
         requests: the requests that arrived, in order.
     """
@@ -52,6 +53,13 @@ class Faults:
 def lost(details: str) -> AioRpcError:
     """A connection that broke."""
     return AioRpcError(grpc.StatusCode.UNAVAILABLE, Metadata(), Metadata(), details=details)
+
+
+def refused(error: SevattestError) -> AioRpcError:
+    """What a client hears of an error of the service's."""
+    status = to_status(error)
+    trailing = Metadata(*(status.trailing_metadata or ()))
+    return AioRpcError(status.code, Metadata(), trailing, details=status.details)
 
 
 class LocalChannel:
@@ -72,6 +80,8 @@ class LocalChannel:
             fault = faults.next(method)
             if fault == "unreachable":
                 raise lost("failed to connect to all addresses")
+            if fault == "turned away":
+                raise refused(LimitExceeded(Reason.TOO_MANY_REQUESTS, "too many"))
             # As it is now: a caller changes it for the next page.
             faults.requests.append((method, type(request).FromString(request.SerializeToString())))
             if fault == "before":
@@ -88,9 +98,7 @@ class LocalChannel:
             try:
                 return await getattr(self._servicer, method)(request, None)
             except SevattestError as error:
-                status = to_status(error)
-                trailing = Metadata(*(status.trailing_metadata or ()))
-                raise AioRpcError(status.code, Metadata(), trailing, details=status.details) from error
+                raise refused(error) from error
 
 
 @dataclass(kw_only=True)

@@ -8,7 +8,16 @@ from uuid import UUID
 
 import pytest
 
-from common.errors import LimitExceeded, PlatformFailed, Reason, Refused, SevattestError, Unavailable, WrongState
+from common.errors import (
+    LimitExceeded,
+    PlatformFailed,
+    Reason,
+    Refused,
+    SevattestError,
+    Unauthenticated,
+    Unavailable,
+    WrongState,
+)
 from common.ids import step_request_id
 from orchestrator.drivers.base import Evidence
 from orchestrator.flow import CALL_LIMIT, Launch, Order, Outcome, Patience, Step, StepResult
@@ -224,6 +233,44 @@ async def test_an_unknown_outcome_stays_unknown_when_the_other_side_then_vanishe
     assert outcome.state == "unknown"
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        Unauthenticated(Reason.UNAUTHENTICATED, "the certificate expired meanwhile"),
+        Refused(Reason.ROLE_NOT_ALLOWED, "not this listener"),
+        LimitExceeded(Reason.TOO_MANY_REQUESTS, "too many"),
+        PlatformFailed(Reason.INTERNAL, "the service failed"),
+    ],
+    ids=lambda error: str(error.reason),
+)
+@pytest.mark.parametrize("step", MUTATING)
+async def test_an_unknown_outcome_stays_unknown_when_the_repeat_was_not_looked_at(
+    stage: Stage, step: Step, error: SevattestError
+) -> None:
+    faults = stage.faults(step)
+    faults.after[step] = [lost()]
+    faults.before[step] = []
+    faults.before["abort"] = [unreachable()]
+
+    async def then_not_looked_at(_wait: float) -> None:
+        faults.before[step].append(error)
+
+    launch = stage.launch()
+    launch.sleep = then_not_looked_at
+    outcome = await launch.run()
+    assert outcome.error
+    assert outcome.error.reason is Reason.OUTCOME_UNKNOWN
+    assert outcome.error.__cause__ is error
+    assert outcome.state == "unknown"
+
+
+async def test_a_repeat_that_was_looked_at_says_what_became_of_an_unknown_outcome(stage: Stage) -> None:
+    error = WrongState(Reason.GUEST_GONE, "the machine has ended")
+    stage.host.faults.before["resume"] = [lost(), error]
+    outcome = await stage.run()
+    assert outcome.error is error
+
+
 async def test_a_peer_that_turns_certificates_down_is_not_asked_again(stage: Stage) -> None:
     error = Unavailable(Reason.UNREACHABLE, "no handshake", hint="look at the CA")
     stage.faults(Step.EXPORT).before[Step.EXPORT] = [error]
@@ -244,6 +291,38 @@ async def test_a_cancelled_orchestrator_gives_up_both_sides(stage: Stage, step: 
         await task
     assert stage.machine in {None, "aborted"}
     assert stage.launch_state != "open"
+
+
+@pytest.mark.parametrize("error", [None, WrongState(Reason.GUEST_BUSY, "busy")])
+async def test_a_signal_while_it_gives_up_waits_until_both_sides_were_told(
+    stage: Stage, error: SevattestError | None
+) -> None:
+    told = asyncio.Event()
+
+    class Slow(FakeHost):
+        async def abort(self, *args: object, **keywords: object) -> None:
+            self.faults.hangs.set()
+            await told.wait()
+            await super().abort(*args, **keywords)  # type: ignore[arg-type]  # passes on
+
+    stage.host = Slow()
+    faults = stage.host.faults
+    if error is None:
+        faults.hanging.add("measure")
+    else:
+        faults.before["measure"] = [error]
+    task = asyncio.create_task(stage.launch().run())
+    await asyncio.wait_for(faults.hangs.wait(), 5)
+    if error is None:
+        faults.hangs.clear()
+        task.cancel()
+        await asyncio.wait_for(faults.hangs.wait(), 5)
+    task.cancel()
+    asyncio.get_running_loop().call_soon(told.set)
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert stage.machine == "aborted"
+    assert stage.launch_state == "abandoned"
 
 
 async def test_a_launch_that_may_have_begun_unheard_is_abandoned(stage: Stage) -> None:

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import base64
 import json
+import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -74,6 +75,13 @@ def test_each_step_is_a_line_with_its_time_and_what_it_said() -> None:
         "inject      12.5 ms  secret packet in place",
         "resume      12.5 ms  guest runs",
     ]
+
+
+def test_what_a_verifier_says_moves_no_cursor() -> None:
+    hostile = replace(SESSION, generation="\x1b[2Jmilan\r\n", fingerprint="\x9b1A" * 8, workload_version="\u202e2\a")
+    lines = [step_line(result, replace(RUNNING, session=hostile)) for result in RUNNING.steps]
+    assert all(line.isprintable() for line in lines)
+    assert "milan" in lines[1]
 
 
 def test_a_repeated_step_says_how_often_it_was_asked_for() -> None:
@@ -178,10 +186,9 @@ def test_a_signal_after_the_end_of_the_launch_changes_nothing_about_it(
     @asynccontextmanager
     async def interrupted_while_it_closes(*_: object) -> AsyncIterator[object]:
         yield None
-        task = asyncio.current_task()
-        assert task is not None
-        task.cancel()
-        await asyncio.sleep(0)
+        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        signal.raise_signal(signal.SIGTERM)
+        await asyncio.Event().wait()
 
     async def ended(_self: Launch) -> Outcome:
         return outcome

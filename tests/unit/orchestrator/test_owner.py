@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -129,6 +131,35 @@ def test_what_was_never_reached_after_a_lost_answer_is_still_unknown(admin: Loca
     assert len(ids(admin, "ApplyDocument")) == 1
     admin.faults.script["ApplyDocument"] = ["after", "unreachable"]
     assert admin.run("apply", "-f", file).out == "grant fleet 1: unchanged\n"
+
+
+def test_what_was_turned_away_after_a_lost_answer_is_still_unknown(admin: LocalAdmin, file: Path) -> None:
+    admin.faults.script["ApplyDocument"] = ["after", "turned away"]
+    assert admin.run("apply", "-f", file).code == 4
+    admin.faults.script["ApplyDocument"] = ["turned away"]
+    assert admin.run("apply", "-f", file).code == 3
+    assert admin.run("apply", "-f", file).out == "grant fleet 1: unchanged\n"
+
+
+def _of_no_time(answer: Any) -> Any:
+    answer.documents[0].apply_time.seconds = 1 << 60
+    return answer
+
+
+def _of_a_later_kind(answer: Any) -> Any:
+    answer.documents[0].kind = 99
+    return answer
+
+
+@pytest.mark.parametrize("spoil", [_of_no_time, _of_a_later_kind])
+def test_an_answer_that_cannot_be_understood_is_the_verifiers_failure(
+    admin: LocalAdmin, file: Path, spoil: Callable[[Any], Any]
+) -> None:
+    admin.run("apply", "-f", file)
+    admin.faults.spoil = {"ListDocuments": spoil}
+    said = admin.run("get", "grant")
+    assert (said.out, said.code) == ("", 3)
+    assert said.err.startswith("sevattest: the verifier's answer cannot be used: ")
 
 
 def test_a_verifier_that_is_not_there_is_said_at_once(admin: LocalAdmin, file: Path) -> None:
