@@ -109,7 +109,7 @@ def site(tmp_path: Path, faults: Faults) -> Iterator[Site]:
     pki = Pki(tmp_path / "pki")
     with platform_in_thread(tmp_path / "p", faults=faults) as platform, agent_site(platform, pki) as made:
         made.program = list(fake(made.root / "script.json").program)
-        made.qemu |= {"start_timeout": 2, "stop_timeout": 0.2}
+        made.qemu |= {"start_timeout": 5, "stop_timeout": 1}
         yield made
 
 

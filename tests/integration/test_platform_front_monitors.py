@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.support.platform import Platform
-from tests.support.qmp import TIMEOUT, QmpClient
+from tests.support.qmp import TIMEOUT, QmpClient, running_machine
 from tests.support.real_qemu import EACH_QEMU, qemu, version_of
 from tests.support.sev_host import Host, guests, make_bootable_host, make_host, wait_for_no_guest
 
@@ -224,8 +224,9 @@ def test_a_monitor_that_is_waited_for_keeps_the_guest_from_running(host: Host, q
         said = machine.stderr.readline()
         at = words.index("-object")
         plain = [word.replace(",confidential-guest-support=sev0", "") for word in [*words[:at], *words[at + 2 :]]]
-        with connected(to(socket.AF_UNIX, str(host.qmp)), machine):
-            pass
+        with connected(to(socket.AF_UNIX, str(host.qmp)), machine) as client:
+            client.settimeout(TIMEOUT)
+            assert client.recv(1)  # a QEMU that is starting may die of who leaves before its greeting
         with process([qemu, *plain, "-accel", "tcg"]) as alone:
             assert alone.stderr is not None
             assert said == alone.stderr.readline()
@@ -240,17 +241,20 @@ def test_several_monitors_speak_at_once_and_all_hear_events(host: Host, qemu: st
         "-qmp-pretty",
         f"unix:{host.folder}/c,server=on,wait=off",
     ]
-    with process([*host.platform.front(qemu), *host.arguments("-display", "none", *more)]) as machine:
-        connected(to(socket.AF_UNIX, str(host.qmp)), machine).close()
-        with QmpClient(host.qmp) as first, QmpClient(host.folder / "b") as second:
-            for client in (first, second):
-                client.negotiate()
-            assert first.ask("query-sev-launch-measure") == second.ask("query-sev-launch-measure")
-            second.ask("cont")
-            assert first.ask("query-sev")["state"] == "running"
-            assert [event["event"] for event in first.events] == ["RESUME"]
-            refused = first.refusal("sev-inject-launch-secret", packet_header="AAAA", secret="AAAA")
-            assert refused == "SEV: Not in correct state. (LSECRET) 3"
+    words = [*host.platform.front(qemu), *host.arguments("-display", "none", *more)]
+    with (
+        running_machine(words, host.folder / "c"),
+        QmpClient(host.qmp) as first,
+        QmpClient(host.folder / "b") as second,
+    ):
+        for client in (first, second):
+            client.negotiate()
+        assert first.ask("query-sev-launch-measure") == second.ask("query-sev-launch-measure")
+        second.ask("cont")
+        assert first.ask("query-sev")["state"] == "running"
+        assert [event["event"] for event in first.events] == ["RESUME"]
+        refused = first.refusal("sev-inject-launch-secret", packet_header="AAAA", secret="AAAA")
+        assert refused == "SEV: Not in correct state. (LSECRET) 3"
 
 
 # ---------------------------------------------------------------------------------------------------- the rest of lines
@@ -259,14 +263,12 @@ def test_several_monitors_speak_at_once_and_all_hear_events(host: Host, qemu: st
 def has_sev(host: Host, qemu: str, words: list[str]) -> dict[str, Any]:
     """What a machine with these words says of its RAM, and that it has a SEV guest."""
     host.qmp.unlink(missing_ok=True)
-    with process([*host.platform.front(qemu), *words]) as machine:
-        connected(to(socket.AF_UNIX, str(host.qmp)), machine).close()
-        with QmpClient(host.qmp) as client:
-            client.negotiate()
-            assert client.ask("query-sev")["enabled"] is True
-            answer: dict[str, Any] = client.ask("query-memory-size-summary")
-            assert client.ask("query-kvm")["enabled"] is False
-            return answer
+    with running_machine([*host.platform.front(qemu), *words], host.qmp), QmpClient(host.qmp) as client:
+        client.negotiate()
+        assert client.ask("query-sev")["enabled"] is True
+        answer: dict[str, Any] = client.ask("query-memory-size-summary")
+        assert client.ask("query-kvm")["enabled"] is False
+        return answer
 
 
 @EACH_QEMU

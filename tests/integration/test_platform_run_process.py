@@ -241,7 +241,7 @@ def test_a_program_killed_during_a_command_is_not_waited_for(tmp_path: Path) -> 
         begun = time.monotonic()
         os.kill(program, signal.SIGKILL)
         assert process.wait(TIMEOUT) == -signal.SIGKILL
-        assert time.monotonic() - begun < 10
+        assert time.monotonic() - begun < 18
 
 
 def test_without_a_served_platform_it_says_so_and_ends_with_3(tmp_path: Path) -> None:

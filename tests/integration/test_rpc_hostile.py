@@ -61,7 +61,7 @@ async def test_half_open_streams_hold_only_their_own_callers_share(pki: Pki) -> 
             tasks = [asyncio.create_task(status_of(stream)) for stream in kept]
             await until(lambda: sum(task.done() for task in tasks) == 32)
             assert {task.result() for task in tasks if task.done()} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
-            await site.abort(legit, timeout=5)
+            await site.abort(legit, timeout=20)
             for stream in kept:
                 stream.cancel()
             await asyncio.gather(*tasks)
@@ -98,7 +98,7 @@ async def test_garbage_and_silent_connections_do_not_disturb_others(site: Site) 
         with socket.create_connection((host, int(port))) as connection, contextlib.suppress(OSError):
             connection.sendall(junk)
     async with site.client() as channel:
-        await site.abort(channel, timeout=5)
+        await site.abort(channel, timeout=20)
     for connection in silent:
         connection.close()
 

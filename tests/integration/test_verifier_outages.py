@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from uuid import uuid4
 
 import pytest
 
-from common.errors import Reason, SevattestError
+from common.errors import Reason, SevattestError, Unavailable
 from common.rpc.client import call
 from common.rpc.health import probe
 from common.telemetry.log import configure
@@ -86,9 +86,15 @@ class Story:
     async def is_ready(self, *, wanted: bool = True, meanwhile: Callable[[], object] = lambda: None) -> None:
         """Return when the health socket says so."""
         async with asyncio.timeout(WITHIN_S):
-            while await probe(self.site.folder / "h.sock") is not wanted:
+            while await self._said() is not wanted:
                 await asyncio.to_thread(meanwhile)
                 await asyncio.sleep(0.05)
+
+    async def _said(self) -> bool | None:
+        """What the health socket says; None where it is too busy to."""
+        with suppress(Unavailable):
+            return await probe(self.site.folder / "h.sock")
+        return None
 
     async def goes_on(self) -> None:
         """It is ready by itself, and nothing was lost: the launch that was open is released, once."""
@@ -121,8 +127,11 @@ async def told(site: VerifierSite, address: str) -> AsyncIterator[Story]:
 
 def on_disk(site: VerifierSite, disk: PrivateDisk, **more: Any) -> ServingVerifier:
     """A verifier with its store on the disk, where only it sees it."""
-    state = disk.folder / "state"
-    return site.serve(environ={"SEVATTEST_STATE_DIR": str(state)}, under=disk.enter, **more)
+    environ = {"SEVATTEST_STATE_DIR": str(disk.folder / "state")}
+    words = [*disk.enter, sys.executable, "-m", "verifier.cli", "init", "--config", str(site.config)]
+    # Refused where there is one already, and where nothing can be written.
+    subprocess.run(words, env=os.environ | environ, capture_output=True, check=False)
+    return site.serve(environ=environ, under=disk.enter, **more)
 
 
 async def test_a_disk_that_is_full_and_then_read_only_loses_nothing(folder: Path) -> None:

@@ -78,6 +78,8 @@ async def test_a_token_that_hangs_stops_nobody_and_is_asked_once(
     try:
         for _ in range(3):
             assert "does not answer" in (await refusal(key)).message
+        await until(lambda: asked)
+        assert "does not answer" in (await refusal(key)).message
         assert asked == 1
     finally:
         go.set()
