@@ -99,12 +99,15 @@ class Stack:
         Raises:
             PlatformFailed: one of them failed.
         """
+        self._wait_tools()
+        for platform in self.platforms.values():
+            platform.wait_ready(60)
+
+    def _wait_tools(self) -> None:
         for tool in self._tools:
             if tool.wait():
                 raise PlatformFailed(Reason.INTERNAL, f"a tool ended with {tool.returncode}; see {self.site.logs}")
         self._tools.clear()
-        for platform in self.platforms.values():
-            platform.wait_ready(60)
 
     def _start_platform(self, state: Path) -> None:
         command = [*script("sevattest"), "platform", "serve", "--state", str(state)]
@@ -132,7 +135,7 @@ class Stack:
         # A verifier makes no store by itself: an empty disk must never pass for the right one.
         self._tool([*script("sev-verifier"), "init", "--config", str(self.site.verifier_config)])
         self.agent.start({"SEVATTEST_LISTEN": self._address(self.agent)})
-        self.wait_prepared()
+        self._wait_tools()
         self.verifier.start({"SEVATTEST_LISTEN": self._address(self.verifier)})
         for service in (self.verifier, self.agent):
             service.wait_ready()
