@@ -95,6 +95,7 @@ class Service:
         Args:
             settings: variables for this start only.
         """
+        self.where = ""
         with self._log.open("ab") as log, signals_held():
             self._process = subprocess.Popen(  # noqa: S603 -- our own scripts, no shell
                 self._command,
@@ -106,7 +107,7 @@ class Service:
             )
 
     def wait_ready(self, timeout: float = 30.0) -> str:
-        """Wait for the ready line.
+        """Wait for the ready line, which comes once in a process's life; whoever asks again is told what it said.
 
         Returns:
             Where the process serves.
@@ -117,6 +118,8 @@ class Service:
         process = self._process
         if process is None or process.stdout is None:
             raise PlatformFailed(Reason.INTERNAL, f"{self.name} was not started")
+        if self.where and self.running:
+            return self.where
         line = b""
         ends = time.monotonic() + timeout
         with selectors.DefaultSelector() as selector:

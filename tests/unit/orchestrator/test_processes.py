@@ -41,6 +41,13 @@ def test_a_service_says_where_it_serves(serving: Service) -> None:
     assert serving.running
 
 
+def test_whoever_asks_again_is_told_what_the_one_ready_line_said(serving: Service) -> None:
+    assert [serving.wait_ready(20), serving.wait_ready(0.05)] == ["here:1"] * 2
+    serving.kill()
+    with pytest.raises(PlatformFailed, match="was not started"):
+        serving.wait_ready(20)
+
+
 def test_a_service_that_ends_before_it_is_ready_has_its_last_words_heard(tmp_path: Path) -> None:
     made = service(tmp_path, ENDS)
     made.start()
