@@ -58,6 +58,18 @@ def test_the_hash_is_the_formula_written_out_once_more() -> None:
     assert [link.hash for link in chain(2)] == [first, second]
 
 
+@given(st.dictionaries(st.text(), st.text() | st.integers() | st.none()))
+def test_members_are_written_as_the_standard_library_writes_them(members: dict[str, object]) -> None:
+    text = json.dumps(members, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    assert canonical_json(members) == text.encode()
+
+
+@pytest.mark.parametrize("value", [True, 1.0, float("nan"), [1], {"a": 1}, b"a", UUID(int=1)], ids=repr)
+def test_what_no_record_has_is_not_written(value: object) -> None:
+    with pytest.raises(ValueError, match="no record has"):
+        canonical_json({"time": value})
+
+
 def test_the_worked_example_of_the_page_is_right() -> None:
     page = (ROOT / "docs" / "audit-log.md").read_text()
     texts = re.findall(r"^(\{\"audit_id\".*\})$", page, re.MULTILINE)
