@@ -6,8 +6,7 @@ is why the big-endian derivations of common libraries give other keys and none o
 
 from __future__ import annotations
 
-import hmac
-
+from common.mac import hmac_sha256
 from common.sev.abi import KEY_SIZE
 
 _COUNTER = (1).to_bytes(4, "little")  # one block of 32 bytes holds the 16 that are asked for
@@ -30,4 +29,4 @@ def derive(key: bytes, label: str, context: bytes = b"") -> bytes:
         16 bytes.
     """
     message = _COUNTER + label.encode("ascii") + b"\0" + context + _LENGTH_BITS
-    return hmac.digest(key, message, "sha256")[:KEY_SIZE]
+    return hmac_sha256(key, message)[:KEY_SIZE]

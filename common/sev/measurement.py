@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Self
 
 from common.errors import InvalidInput, Reason, Refused
+from common.mac import hmac_sha256
 from common.sev.abi import (
     DIGEST_SIZE,
     KEY_SIZE,
@@ -94,7 +95,7 @@ def measure(*, tik: bytes, firmware: FirmwareVersion, policy: GuestPolicy, diges
         InvalidInput: a size or a version number is wrong.
     """
     _require(tik, firmware, nonce)
-    return hmac.digest(tik, _prefix(firmware, policy) + _digest(digest) + nonce, "sha256")
+    return hmac_sha256(tik, _prefix(firmware, policy) + _digest(digest) + nonce)
 
 
 def match(
@@ -126,7 +127,7 @@ def match(
     prefix = _prefix(firmware, policy)
     found: int | None = None
     for index, digest in enumerate(digests):
-        measurement = hmac.digest(tik, prefix + _digest(digest) + blob.nonce, "sha256")
+        measurement = hmac_sha256(tik, prefix + _digest(digest) + blob.nonce)
         if hmac.compare_digest(measurement, blob.measurement) and found is None:
             found = index
     return found

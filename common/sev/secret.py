@@ -6,7 +6,6 @@ Sources: AMD document 55766, LAUNCH_SECRET (packet); Linux `drivers/virt/coco/ef
 
 from __future__ import annotations
 
-import hmac
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from uuid import UUID
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from common.errors import InvalidInput, Reason, WrongState
+from common.mac import hmac_sha256
 from common.sev.abi import KEY_SIZE, MAC_SECRET, MEASUREMENT_SIZE, PACKET_HEADER_SIZE, PACKET_MAX_SIZE
 from common.sev.errors import ParseError
 from common.sev.session import LaunchKeys
@@ -143,7 +143,7 @@ def seal_packet(*, keys: LaunchKeys, table: bytes, measurement: bytes, iv: bytes
     flags = bytes(4)  # not compressed
     size = len(payload).to_bytes(4, "little")  # guest length and transport length are the same
     covered = bytes((MAC_SECRET,)) + flags + iv + size + size + payload + measurement
-    header = flags + iv + hmac.digest(keys.tik, covered, "sha256")
+    header = flags + iv + hmac_sha256(keys.tik, covered)
     assert len(header) == PACKET_HEADER_SIZE  # noqa: S101 -- sizes above add up
     return SecretPacket(header=header, payload=payload)
 

@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from common.errors import InvalidInput, Reason
+from common.mac import hmac_sha256
 from common.sev.abi import KEY_SIZE, Algo, Usage
 from common.sev.certs.sev import SevCertificate, encode
 from common.sev.kdf import LABEL_KEK, LABEL_KIK, LABEL_MASTER, derive
@@ -117,8 +118,8 @@ def _session_blob(*, shared: bytes, policy: GuestPolicy, tek: bytes, tik: bytes,
     master = derive(shared, LABEL_MASTER, nonce)
     encryptor = Cipher(algorithms.AES(derive(master, LABEL_KEK)), modes.CTR(iv)).encryptor()
     wrapped = encryptor.update(tek + tik) + encryptor.finalize()
-    wrap_mac = hmac.digest(derive(master, LABEL_KIK), wrapped, "sha256")
-    policy_mac = hmac.digest(tik, policy.to_bytes(), "sha256")
+    wrap_mac = hmac_sha256(derive(master, LABEL_KIK), wrapped)
+    policy_mac = hmac_sha256(tik, policy.to_bytes())
     return nonce + wrapped + iv + wrap_mac + policy_mac
 
 

@@ -8,7 +8,6 @@ can move no blob to another row, column or format.
 
 from __future__ import annotations
 
-import hmac
 import os
 import stat
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from common.errors import InvalidInput, Reason, Unavailable
+from common.mac import Macs, hmac_sha256
 from common.private_file import write_private
 
 KEK_SIZE = 32
@@ -47,7 +47,7 @@ class FileKey:
         if not any(kek):
             raise InvalidInput(Reason.INVALID_CONFIGURATION, "is all zero", hint=KEY_FILE_HINT)
         # HKDF (RFC 5869) begins with the same step for all places: without a salt, an HMAC under zeros.
-        self._extracted = hmac.digest(bytes(_HASH_SIZE), kek, "sha256")
+        self._macs = Macs(hmac_sha256(bytes(_HASH_SIZE), kek))
         self._random = random
         self._key_id = self._derive(b"sevattest key id")[:KEY_ID_SIZE]
 
@@ -61,7 +61,7 @@ class FileKey:
 
     def _derive(self, info: bytes) -> bytes:
         """HKDF-SHA-256(KEK, info), the one block of 32 bytes."""
-        return hmac.digest(self._extracted, info + b"\1", "sha256")
+        return self._macs.of(info + b"\1")
 
     def _place(self, place: bytes) -> tuple[AESGCM, bytes]:
         return (
