@@ -22,6 +22,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import NoneType
 
 from common.errors import InvalidInput, Reason, Unavailable
 from verifier.store.engine import require_readable, unavailable
@@ -41,6 +42,12 @@ _PRAGMAS = (
     "PRAGMA cache_size=-16384",
     "PRAGMA wal_autocheckpoint=4096",
 )
+
+
+# Bytes and None are bound as they are. Without these, `sqlite3` asks each such value, and the protocol for the same
+# question, for methods that neither has, which takes longer than all the rest of binding it.
+sqlite3.register_adapter(bytes, bytes)
+sqlite3.register_adapter(NoneType, lambda none: none)
 
 
 def store_unavailable(error: Exception, doing: str) -> Unavailable:
