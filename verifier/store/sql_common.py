@@ -44,14 +44,12 @@ class OverEngine:
         return await self._engine.read(lambda transaction: transaction.row(sql, *values))
 
 
-def the_revision(transaction: Transaction) -> Awaitable[Row]:
-    """Ask for the documents' revision, the one cell of its row."""
-    return transaction.one("SELECT value FROM mark WHERE name='revision'")
-
-
 def the_head(transaction: Transaction) -> Awaitable[Row]:
-    """Ask for the end of the audit chain, for `append`."""
-    return transaction.one("SELECT number, hash, time FROM audit_head")
+    """Ask for the documents' revision, the first cell, and the end of the audit chain, for `append`."""
+    return transaction.one(
+        "SELECT mark.value, audit_head.number, audit_head.hash, audit_head.time "
+        "FROM audit_head JOIN mark ON mark.name='revision'"
+    )
 
 
 def touch(transaction: Transaction) -> None:
@@ -62,15 +60,15 @@ def touch(transaction: Transaction) -> None:
     transaction.tell("UPDATE audit_head SET number=number")
 
 
-async def append(transaction: Transaction, head: Awaitable[Row], audit: AuditRow) -> Head:
+def append(transaction: Transaction, head: Row, audit: AuditRow) -> Head:
     """Write an audit record at the end of the chain, which becomes its head.
 
     Args:
         transaction: the transaction, which writes no other record.
-        head: `the_head`.
+        head: what `the_head` asked for.
         audit: the record.
     """
-    before, digest_before, latest = await head
+    _, before, digest_before, latest = head
     number, time, members = before + 1, stamp(audit.time), audit.members
     digest = record_hash(digest_before, number, members)
     transaction.tell(

@@ -23,7 +23,7 @@ from verifier.store.rows import (
     RequestRow,
     Spending,
 )
-from verifier.store.sql_common import Decided, OverEngine, append, the_head, the_revision, touch
+from verifier.store.sql_common import Decided, OverEngine, append, the_head, touch
 from verifier.store.sql_rows import (
     COLUMNS_OF_LAUNCH,
     LAUNCH_COLUMNS,
@@ -221,24 +221,24 @@ class Launches(OverEngine):
             raise ValueError("an open launch has keys")
 
         async def work(transaction: Transaction) -> None:
-            revision = the_revision(transaction)
             taken = _take_request(transaction, opening.request)
             capped = transaction.row(
                 "SELECT 1 FROM launch WHERE caller=? AND state='open' AND expire_time>? LIMIT 1 OFFSET ?",
                 *(launch.caller, stamp(launch.create_time), opening.open_cap - 1),
             )
             ledger = None if spending is None else the_ledger(transaction, spending)
-            head = the_head(transaction)
+            asked = the_head(transaction)
             if not await taken:
                 raise Decided(Outcome.REQUEST_TAKEN)
-            if (await revision)[0] != opening.revision:
+            head = await asked
+            if head[0] != opening.revision:
                 raise Decided(Outcome.DOCUMENTS_CHANGED)
             if await capped:
                 raise Decided(Outcome.CAP_REACHED)
             if spending is not None and ledger is not None:
                 await spend(transaction, spending, ledger)
             _insert(transaction, opening, shared=not shared <= self._shared)
-            await append(transaction, head, opening.audit)
+            append(transaction, head, opening.audit)
 
         shared = {launch.terms_id, launch.platform_id}
         try:
@@ -256,14 +256,14 @@ class Launches(OverEngine):
         """See `Store`."""
 
         async def work(transaction: Transaction) -> None:
-            revision = None if move.revision is None else the_revision(transaction)
             taken = None if move.request is None else _take_request(transaction, move.request)
             ledger = None if move.spending is None else the_ledger(transaction, move.spending)
             ended = _end(transaction, move)
-            head = the_head(transaction)
+            asked = the_head(transaction)
             if taken is not None and not await taken:
                 raise Decided(Outcome.REQUEST_TAKEN)
-            if revision is not None and (await revision)[0] != move.revision:
+            head = await asked
+            if move.revision not in {None, head[0]}:
                 raise Decided(Outcome.DOCUMENTS_CHANGED)
             if not await ended:
                 raise Decided(Outcome.LOST)
@@ -271,7 +271,7 @@ class Launches(OverEngine):
                 await spend(transaction, move.spending, ledger)
             if move.sighting is not None:
                 _sight(transaction, move.sighting)
-            await append(transaction, head, move.audit)
+            append(transaction, head, move.audit)
 
         return await self._decide("move", work)
 
@@ -279,12 +279,12 @@ class Launches(OverEngine):
         """See `Store`."""
 
         async def work(transaction: Transaction) -> None:
-            now = the_revision(transaction)
+            asked = the_head(transaction)
             found = transaction.row(
                 "SELECT 1 FROM launch WHERE launch_id=? AND state='released' AND audit_id=?",
                 *(str(launch_id), str(audit_id)),
             )
-            if (await now)[0] != revision:
+            if (await asked)[0] != revision:
                 raise Decided(Outcome.DOCUMENTS_CHANGED)
             if await found is None:
                 raise Decided(Outcome.LOST)

@@ -60,7 +60,7 @@ class Documents(OverEngine):
             if _documents(await asked) != reviewed:
                 raise Decided(Outcome.DOCUMENTS_CHANGED)
             # What was seen is sealed, whatever somebody without regard for the turn writes meanwhile.
-            _revise(transaction, replace(reviewed, change=await append(transaction, head, audit)), seal)
+            _revise(transaction, replace(reviewed, change=append(transaction, await head, audit)), seal)
 
         return await self._decide("seal", work)
 
@@ -105,7 +105,7 @@ class Documents(OverEngine):
                 f"INSERT INTO document ({DOCUMENT_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)",  # noqa: S608 -- constants
                 *(*place, document.text, int(document.is_json), stamp(document.apply_time)),
             )
-            change = await append(transaction, head, audit)
+            change = append(transaction, await head, audit)
             _revise(transaction, replace(found, rows=(*found.rows, document), change=change), seal)
             return Outcome.DONE
 
@@ -136,7 +136,7 @@ class Documents(OverEngine):
             if not await deleted:
                 raise Decided(Outcome.LOST)
             left = tuple(row for row in found.rows if (row.kind, row.name) != (kind, name))
-            _revise(transaction, replace(found, rows=left, change=await append(transaction, head, audit)), seal)
+            _revise(transaction, replace(found, rows=left, change=append(transaction, await head, audit)), seal)
 
         return await self._decide("delete", work)
 
@@ -165,7 +165,7 @@ class Secrets(OverEngine):
                 *(name, version, seal(version), size, stamp(audit.time)),
             )
             _answer(transaction, request, version=version)
-            await append(transaction, head, replace(audit, body=_with(audit.body, version=version)))
+            append(transaction, await head, replace(audit, body=_with(audit.body, version=version)))
             return version
 
         try:
@@ -206,7 +206,7 @@ class Secrets(OverEngine):
             if not versions:
                 raise Decided(Outcome.LOST)
             _answer(transaction, request, versions=versions)
-            await append(transaction, head, replace(audit, body=_with(audit.body, versions=versions)))
+            append(transaction, await head, replace(audit, body=_with(audit.body, versions=versions)))
             # A release that read the secret before this must not come after it.
             _revise(transaction, found, seal)
             return versions

@@ -26,7 +26,7 @@ class AuditLog(OverEngine):
             head = the_head(transaction)
             if spending is not None and ledger is not None:
                 await spend(transaction, spending, ledger)
-            await append(transaction, head, audit)
+            append(transaction, await head, audit)
 
         await self._engine.write("record", work)
 
