@@ -21,7 +21,6 @@ What was judged by documents that changed meanwhile is not stored: then everythi
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -244,7 +243,7 @@ class Broker:
             workload=workload.name,
             workload_version=workload.version,
             terms_id=terms_id,
-            platform_id=hashlib.sha256(chain).digest(),
+            platform_id=platform.chain.digest,
             generation=platform.generation,
             fingerprint=platform.chip_fingerprint.hex(),
             policy=terms.policy,

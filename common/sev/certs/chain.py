@@ -21,6 +21,8 @@ import zlib
 from base64 import b64decode
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
+from hashlib import sha256
 from typing import Any, Self
 
 from common.sev.abi import (
@@ -95,6 +97,11 @@ class PlatformChain:
         """Deviations that were tolerated in any of the certificates."""
         certs = (self.pdh, self.pek, self.oca, self.cek)
         return tuple(warning for cert in certs for warning in cert.warnings)
+
+    @cached_property
+    def digest(self) -> bytes:
+        """SHA-256 of all four, 32 bytes."""
+        return sha256(self.to_bytes()).digest()
 
     def to_bytes(self) -> bytes:
         """PDH‖PEK‖OCA‖CEK, 8336 bytes."""

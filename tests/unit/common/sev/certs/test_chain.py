@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import textwrap
 import zipfile
@@ -51,6 +52,13 @@ def test_a_real_rome_export_is_read() -> None:
     chain = read_container(data).platform()
     assert chain.to_bytes() == data
     assert chain == PlatformChain.parse(data)
+
+
+def test_a_chains_digest_is_that_of_its_export_and_no_other_chains(platform: SyntheticPlatform) -> None:
+    chain = platform.chain
+    assert chain.digest == hashlib.sha256(chain.to_bytes()).digest()
+    assert replace(chain, pdh=make_platform().chain.pdh).digest != chain.digest
+    assert replace(chain).digest == chain.digest
 
 
 def test_an_export_is_the_four_certificates(platform: SyntheticPlatform) -> None:
