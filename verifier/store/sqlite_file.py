@@ -25,7 +25,7 @@ from pathlib import Path
 from types import NoneType
 
 from common.errors import InvalidInput, Reason, Unavailable
-from verifier.store.engine import require_readable, unavailable
+from verifier.store.engine import no_store, require_readable, unavailable
 from verifier.store.migrations import migrations
 
 FILE_NAME = "sevattest.sqlite3"
@@ -189,6 +189,8 @@ def connect_reader(path: Path) -> sqlite3.Connection:
             f"{path.resolve().as_uri()}?mode=ro", uri=True, isolation_level=None, timeout=BUSY_TIMEOUT_S
         )
     except sqlite3.Error as error:
+        if not os.path.lexists(path):
+            raise no_store(str(path.parent)) from None
         raise store_unavailable(error, f"open {path}") from error
     try:
         connection.execute("PRAGMA query_only=ON")

@@ -50,6 +50,7 @@ from verifier.library.documents import snapshot
 from verifier.library.folder import read_folder
 from verifier.library.warnings import warnings_for
 from verifier.store.sqlite import SqliteStore
+from verifier.store.sqlite_file import FILE_NAME
 
 STRUCTS = (
     *(TlsConfig, HealthConfig, PlatformsConfig, KdsConfig, LimitsConfig),
@@ -317,7 +318,13 @@ def test_keygen_makes_a_file_once(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_audit_without_a_store_is_told(site: VerifierSite, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = command(capsys, "audit", "--config", str(site.config))
     assert (code, out) == (3, "")
-    assert err.startswith("sev-verifier: the store cannot open")
+    folder = load_config(site.config, {}).folder
+    assert err.startswith(f"sev-verifier: there is no store in {folder}\nhint: a disk that is not mounted")
+    folder.mkdir()
+    (folder / FILE_NAME).symlink_to("elsewhere")
+    code, out, err = command(capsys, "audit", "--config", str(site.config))
+    assert (code, out) == (3, "")
+    assert err.startswith(f"sev-verifier: the store cannot open {folder / FILE_NAME}: ")
 
 
 @pytest.mark.parametrize(
