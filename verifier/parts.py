@@ -99,7 +99,7 @@ async def init_store(config: Config) -> str:
     finally:
         await store.close()
     if not made:
-        raise InvalidInput(Reason.INVALID_CONFIGURATION, f"there is a store in {where} already, and it stays as it is")
+        raise InvalidInput(Reason.INVALID_CONFIGURATION, f"there is a store in {where} already")
     return where
 
 

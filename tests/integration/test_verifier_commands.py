@@ -95,7 +95,7 @@ def test_init_makes_the_store_once(tmp_path: Path, capsys: pytest.CaptureFixture
         pass
     content = (state / "sevattest.sqlite3").read_bytes()
     assert main(command) == 2
-    said = f"sev-verifier: there is a store in {state} already, and it stays as it is\n"
+    said = f"sev-verifier: there is a store in {state} already\n"
     assert capsys.readouterr() == ("", said)
     assert (state / "sevattest.sqlite3").read_bytes() == content
 
