@@ -203,7 +203,11 @@ class HttpKeyService:
                 loop.call_soon_threadsafe(settle, data, failed)
 
         await self._threads.acquire()
-        threading.Thread(target=work, name="key-service", daemon=True).start()
+        try:
+            threading.Thread(target=work, name="key-service", daemon=True).start()
+        except RuntimeError:
+            self._threads.release()
+            raise self._no_answer("cannot be asked: the system gives no thread for it") from None
         return await answer
 
     def _get(self, name: str) -> bytes:

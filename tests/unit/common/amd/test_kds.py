@@ -261,6 +261,27 @@ def test_a_service_that_trickles_holds_up_neither_other_work_nor_the_end() -> No
         ended.set()
 
 
+async def test_a_system_without_threads_is_no_answer_and_costs_no_later_one(
+    service: FakeService, platform: SyntheticPlatform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service.add(platform)
+    client = HttpKeyService(service.url, timeout=20)
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "key-service":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        for _ in range(MAX_REQUESTS):
+            with pytest.raises(Unavailable, match="no thread") as failure:
+                await client.signed_cek(platform.chip_id)
+            assert failure.value.reason is Reason.KEY_SERVICE_UNAVAILABLE
+    assert await client.signed_cek(platform.chip_id) == platform.chain.cek
+
+
 async def test_of_an_answer_without_end_no_more_is_read_than_a_cek_and_a_byte(platform: SyntheticPlatform) -> None:
     taken = 0
 
