@@ -78,7 +78,9 @@ class Process:
         Raises:
             PlatformFailed: `HYPERVISOR_FAILED`; the kernel refuses.
         """
+        child = None
         try:
+            boot = boot_id()
             # The child closes every descriptor but these: a listening socket that leaked into a machine would keep the
             # port taken after the agent's end.
             child = _Outliving(
@@ -90,14 +92,17 @@ class Process:
                 stderr=log,
                 start_new_session=True,
             )
-            # A child that nobody has waited for cannot be gone. Where this fails, its gate closes with the pipe.
+            # A child that nobody has waited for cannot be gone.
             stat = _read_stat(child.pid)
             pidfd = os.pidfd_open(child.pid)
         except OSError as error:
+            if child is not None:
+                with child:  # or it would stay a zombie
+                    child.kill()
             raise PlatformFailed(
                 Reason.HYPERVISOR_FAILED, f"no process can be started: {error.strerror or error}"
             ) from error
-        identity = MachineId(pid=child.pid, start_time=stat.start_time if stat else 0, boot_id=boot_id())
+        identity = MachineId(pid=child.pid, start_time=stat.start_time if stat else 0, boot_id=boot)
         return cls(identity, pidfd, marker, child)
 
     @classmethod
@@ -127,6 +132,7 @@ class Process:
 
         The caller must see, after this, that it is still the one that was meant.
         """
+        boot = boot_id()
         try:
             pidfd = os.pidfd_open(pid)
         except (OSError, ValueError, OverflowError):
@@ -135,7 +141,7 @@ class Process:
         if stat is None or stat.state in "ZX":
             os.close(pidfd)
             return None
-        return cls(MachineId(pid=pid, start_time=stat.start_time, boot_id=boot_id()), pidfd, None, None)
+        return cls(MachineId(pid=pid, start_time=stat.start_time, boot_id=boot), pidfd, None, None)
 
     @property
     def alive(self) -> bool:

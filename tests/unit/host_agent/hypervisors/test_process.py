@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import socket
@@ -11,10 +12,12 @@ import sys
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 from uuid import uuid4
 
 import pytest
 
+from common.errors import PlatformFailed
 from host_agent.hypervisors.base import MachineId
 from host_agent.hypervisors.console import open_log
 from host_agent.hypervisors.process import Process, boot_id, end_family
@@ -32,6 +35,16 @@ def spawn(folder: Path, *argv: str, marker: str | None = None) -> Process:
 def fields(pid: int) -> list[str]:
     """The fields of /proc/PID/stat from the third on."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
+def children() -> set[int]:
+    """Pids of this process's children, zombies too."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        with suppress(OSError):
+            if entry.name.isdigit() and int(fields(int(entry.name))[1]) == os.getpid():
+                found.add(int(entry.name))
+    return found
 
 
 def command_line(pid: int) -> bytes:
@@ -201,6 +214,22 @@ async def test_the_machine_gets_no_descriptor_of_the_agents(tmp_path: Path) -> N
         assert not any(link.startswith("socket:") for link in descriptors(process.identity.pid))
         await process.end(GRACE)
         process.close()
+
+
+@pytest.mark.parametrize("missing", ["os.pidfd_open", "host_agent.hypervisors.process.boot_id"])
+async def test_a_process_that_cannot_be_watched_is_none_and_leaves_nothing(
+    tmp_path: Path, missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> NoReturn:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    before = children(), descriptors(os.getpid())
+    with monkeypatch.context() as patch:
+        patch.setattr(missing, refuse)
+        with pytest.raises(PlatformFailed, match="no process can be started: Too many open files"):
+            spawn(tmp_path, "touch", "begun")
+    assert (children(), descriptors(os.getpid())) == before
+    assert not (tmp_path / "begun").exists()
 
 
 async def test_a_program_that_is_not_there_says_so_in_the_log(tmp_path: Path) -> None:
