@@ -260,6 +260,9 @@ class Hypervisor(Protocol):
         """The machine of a former run of the agent, if it is the very one and exists, or may still come.
 
         Where the hypervisor does not say, it counts as one that exists.
+
+        Raises:
+            Unavailable: `PLATFORM_UNAVAILABLE`; the kernel does not say. Nothing may be given up for that.
         """
         ...
 

@@ -10,6 +10,7 @@ bound to one process and becomes readable when it ends; a session keeps its id w
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import select
 import signal
@@ -32,6 +33,7 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 # What belongs to the agent alone and would only confuse the machine's program.
 _NOT_INHERITED = ("NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "WATCHDOG_USEC", "WATCHDOG_PID")
 _NOT_INHERITED_PREFIXES = ("SEVATTEST_", "GRPC_")
+_NO_ROOM = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})  # the kernel has not looked at all
 _SWEEPS = 20  # rounds over /proc for a family that forks while it is being ended
 _SWEEP_PAUSE = 0.01  # seconds between them
 
@@ -112,16 +114,16 @@ class Process:
         Args:
             identity: as it was written down.
             marker: of its launch; None for a process that was adopted.
+
+        Raises:
+            Unavailable: `PLATFORM_UNAVAILABLE`; the kernel does not say whether it exists.
         """
-        if identity.boot_id != boot_id():
-            return None
-        try:
-            pidfd = os.pidfd_open(identity.pid)
-        except (OSError, ValueError, OverflowError):
+        seen = None if identity.boot_id != boot_id() else _look_at(identity.pid)
+        if seen is None:
             return None
         # The descriptor is bound to whatever had the pid just now; only if that is ours may anything be sent to it.
-        stat = _read_stat(identity.pid)
-        if stat is None or stat.state in "ZX" or stat.start_time != identity.start_time:
+        pidfd, stat = seen
+        if stat.start_time != identity.start_time:
             os.close(pidfd)
             return None
         return cls(identity, pidfd, marker, None)
@@ -131,16 +133,14 @@ class Process:
         """Somebody else's process, whatever has this pid now; None where there is none.
 
         The caller must see, after this, that it is still the one that was meant.
+
+        Raises:
+            Unavailable: `PLATFORM_UNAVAILABLE`; the kernel does not say whether there is one.
         """
-        boot = boot_id()
-        try:
-            pidfd = os.pidfd_open(pid)
-        except (OSError, ValueError, OverflowError):
+        boot, seen = boot_id(), _look_at(pid)
+        if seen is None:
             return None
-        stat = _read_stat(pid)
-        if stat is None or stat.state in "ZX":
-            os.close(pidfd)
-            return None
+        pidfd, stat = seen
         return cls(MachineId(pid=pid, start_time=stat.start_time, boot_id=boot), pidfd, None, None)
 
     @property
@@ -235,11 +235,38 @@ def boot_id() -> str:
     return _BOOT_ID.read_text(encoding="utf-8").strip()
 
 
-def _is_family(pid: int, session: int | None, marker: str) -> bool:
-    stat = _read_stat(pid)
-    if stat is None or session not in {None, stat.session} or stat.state in "ZX":
-        return False
+def _look_at(pid: int) -> tuple[int, _Stat] | None:
+    """A pidfd on whatever has this pid, and what that is; None where nothing has it that lives.
+
+    Raises:
+        Unavailable: the kernel does not say; who takes it for gone would give up a guest that runs.
+    """
     try:
+        pidfd = os.pidfd_open(pid)
+        try:
+            stat = _read_stat(pid)
+        except OSError:
+            os.close(pidfd)
+            raise
+    except (ValueError, OverflowError):
+        return None
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            return None
+        raise Unavailable(
+            Reason.PLATFORM_UNAVAILABLE, f"the process {pid} cannot be looked for: {error.strerror}"
+        ) from error
+    if stat is None or stat.state in "ZX":
+        os.close(pidfd)
+        return None
+    return pidfd, stat
+
+
+def _is_family(pid: int, session: int | None, marker: str) -> bool:
+    try:
+        stat = _read_stat(pid)
+        if stat is None or session not in {None, stat.session} or stat.state in "ZX":
+            return False
         environment = Path(f"/proc/{pid}/environ").read_bytes()
     except OSError:
         return False
@@ -273,7 +300,9 @@ def _pids() -> list[int]:
 def _read_stat(pid: int) -> _Stat | None:
     try:
         line = Path(f"/proc/{pid}/stat").read_bytes()
-    except OSError:
+    except OSError as error:
+        if error.errno in _NO_ROOM:
+            raise
         return None
     # The command's name is in parentheses and may hold anything; the last one ends it. Then come fields 3, 4, …
     fields = line[line.rfind(b")") + 1 :].split()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import signal
@@ -12,11 +13,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn
 from uuid import UUID, uuid4
 
 import pytest
 
-from common.errors import InvalidInput, OutcomeUnknown, PlatformFailed, Reason, WrongState
+from common.errors import InvalidInput, OutcomeUnknown, PlatformFailed, Reason, Unavailable, WrongState
 from host_agent.hypervisors.base import MachineId
 from host_agent.hypervisors.qemu import QemuMachine
 from host_agent.launches.launch import Launch
@@ -103,6 +105,27 @@ class TestRestart:
         async with rig(tmp_path) as second:
             assert (await second.until(launch, then)).state is then
             assert reason(second.now(launch)) is (Reason.GUEST_GONE if then is S.FAILED else None)
+
+    @pytest.mark.parametrize("missing", ["os.pidfd_open", "pathlib.Path.read_bytes"])
+    async def test_a_guest_that_cannot_be_looked_for_is_left_alone_and_stops_the_agent(
+        self, tmp_path: Path, missing: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        first = Rig(tmp_path)
+        first.folders.open()
+        launch = await first.up_to(S.RESUMED)
+        await first.leave()
+
+        def refuse(*_: object) -> NoReturn:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(missing, refuse)
+            with pytest.raises(Unavailable, match="Too many open files"):
+                async with rig(tmp_path):
+                    pass
+        assert alive(pid_of(launch))
+        async with rig(tmp_path) as second:
+            assert second.now(launch).state is S.RESUMED
 
     async def test_another_process_with_the_machines_pid_is_not_touched(self, tmp_path: Path) -> None:
         first = Rig(tmp_path)
