@@ -11,14 +11,14 @@ import json
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
 from emulator.firmware_image import build_image
+from tests.support.eventually import wait_until
 from tests.support.platform import Platform, running_platform
-from tests.support.qmp import TIMEOUT, QmpClient, running_machine
+from tests.support.qmp import QmpClient, running_machine
 from tests.support.real_qemu import EACH_QEMU, qemu, version_of
 from tests.support.sev_host import Host, ask_device, b64, blob_of, guests, make_host, packet_for, wait_for_no_guest
 
@@ -65,10 +65,7 @@ def is_gone(pid: int) -> bool:
 
 
 def wait_until_gone(pid: int) -> None:
-    deadline = time.monotonic() + TIMEOUT
-    while not is_gone(pid):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: is_gone(pid))
 
 
 # ------------------------------------------------------------------------------------- what a real QEMU says as well

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.eventually import wait_until
 from tests.support.platform import Platform
 from tests.support.qmp import TIMEOUT, QmpClient, running_machine
 from tests.support.real_qemu import EACH_QEMU, qemu, version_of
@@ -337,10 +338,7 @@ def daemon_is_ready(words: list[str], folder: Path) -> subprocess.CompletedProce
 def end_daemon(pid_file: Path) -> None:
     pid = int(pid_file.read_text())
     os.kill(pid, signal.SIGTERM)
-    deadline = time.monotonic() + TIMEOUT
-    while Path(f"/proc/{pid}").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: not Path(f"/proc/{pid}").exists())
     assert not pid_file.exists()
 
 

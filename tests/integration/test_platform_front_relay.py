@@ -12,7 +12,6 @@ import json
 import re
 import signal
 import socket
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import pytest
 
 from emulator.firmware_image import SECRET_AREA
 from tests.support.agent import open_descriptors
+from tests.support.eventually import wait_until
 from tests.support.fw_cfg import read_memory
 from tests.support.platform import Platform
 from tests.support.qmp import TIMEOUT, QmpClient, running_machine
@@ -320,10 +320,7 @@ def test_many_clients_leave_no_descriptor_behind(tmp_path: Path, platform: Platf
                     client.ask("query-sev-capabilities")
         with QmpClient(host.qmp) as client:
             client.negotiate()
-            deadline = time.monotonic() + TIMEOUT
-            while open_descriptors(machine.pid) > before:
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
+            wait_until(lambda: open_descriptors(machine.pid) <= before)
             assert guests(platform) == there + 1
     wait_for_guests(platform, there)
 

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from tests.support.agent import open_descriptors
+from tests.support.eventually import wait_until
 from tests.support.platform import Platform, running_platform
 from tests.support.qmp import QmpClient, running_machine
 from tests.support.sev_host import ask_device, blob_of, exported_pdh, guests, make_host, packet_for, wait_for_no_guest
@@ -149,14 +150,10 @@ def test_machines_and_connections_that_come_and_go_leave_nothing_behind(tmp_path
                     device.sendall(struct.pack("<IIIIII", 0x100, 16, 0, 1, 0, 0)[: 24 if number % 4 == 1 else 17])
         with QmpClient(host.qmp) as client:
             client.negotiate()
-            deadline = time.monotonic() + 30
+            pid = platform.process.pid
             # The question itself is a connection, which the platform must have time to close.
-            while open_descriptors(platform.process.pid) > before[1] or guests(platform) > 1:
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
-            while open_descriptors(machine.pid) > before[0]:
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
+            wait_until(lambda: open_descriptors(pid) <= before[1] and guests(platform) <= 1)
+            wait_until(lambda: open_descriptors(machine.pid) <= before[0])
     wait_for_no_guest(platform)
 
 

@@ -9,12 +9,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
+from tests.support.eventually import wait_until
 from tests.support.platform import SEVATTEST, Platform
 from tests.support.under import TIMEOUT, run_words
 
@@ -64,13 +65,6 @@ def line(process: subprocess.Popen[str]) -> str:
     assert process.stdout is not None
     assert select.select([process.stdout], [], [], TIMEOUT)[0], "nothing was printed"
     return process.stdout.readline()
-
-
-def wait_until(claim: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + TIMEOUT
-    while not claim():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def is_running(process: int) -> bool:

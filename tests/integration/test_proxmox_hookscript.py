@@ -10,7 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from orchestrator.demo.processes import script
 from orchestrator.demo.site import CPU, GUEST, ORCHESTRATOR, VCPUS, WORKLOAD, HostPlay, Site
 from orchestrator.demo.stack import Stack
 from tests.support.agent import alive
-from tests.support.eventually import until
+from tests.support.eventually import until, wait_until
 from tests.support.machine_kinds import REPOSITORY, Kind
 from tests.support.stack import Sides, order, running_stack, sides
 from tests.support.stages import ProxmoxStage
@@ -108,9 +107,7 @@ class Host:
     def end_machine(self) -> None:
         if self.pid is not None:
             os.kill(self.pid, signal.SIGKILL)
-        deadline = time.monotonic() + 30
-        while self.pid is not None:
-            assert time.monotonic() < deadline
+        wait_until(lambda: self.pid is None)
 
 
 def _add_guest(site: Site, stage: ProxmoxStage) -> None:

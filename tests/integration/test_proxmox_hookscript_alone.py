@@ -10,8 +10,7 @@ import os
 import shutil
 import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ import pytest
 
 from host_agent.hypervisors.proxmox import is_starting
 from tests.support.agent import alive
+from tests.support.eventually import wait_until
 from tests.support.machine_kinds import REPOSITORY
 
 HOOK = REPOSITORY / "host_agent" / "hookscript" / "sevattest-hookscript"
@@ -32,13 +32,6 @@ SHELLS = sorted(
 GOES_ON = 'touch "$RUN/launch.cfg"; while [ ! -e "$RUN/enough" ]; do sleep 0.02; done'
 HANGS = "while :; do sleep 0.02; done"
 DEAF = f"trap '' TERM HUP INT; {HANGS}"
-
-
-def until(what: Callable[[], bool], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 @dataclass
@@ -181,7 +174,7 @@ def test_when_pre_start_gives_up_nothing_of_the_launch_goes_on(hook: Hook, body:
 def test_a_start_that_is_called_off_takes_its_launch_along(hook: Hook, number: signal.Signals) -> None:
     hook.launch_is(HANGS)
     before = hook.begin("pre-start")
-    until(lambda: len(hook.pids) == 1)
+    wait_until(lambda: len(hook.pids) == 1)
     assert alive(hook.pids[0])
     before.send_signal(number)
     said, _ = before.communicate(timeout=20)
@@ -213,7 +206,7 @@ def test_a_start_that_is_called_off_before_its_launch_leads_a_group_begins_none(
     slow.write_text(f'#!/bin/sh\ntouch {hook.root}/forked\nsleep 1\nexec {shutil.which("setsid")} "$@"\n')
     slow.chmod(0o755)
     before = hook.begin("pre-start", path=f"{slow.parent}:{os.environ['PATH']}")
-    until((hook.root / "forked").exists)
+    wait_until((hook.root / "forked").exists)
     before.send_signal(signal.SIGTERM)
     said, _ = before.communicate(timeout=20)
     assert before.returncode == 1
@@ -225,7 +218,7 @@ def test_a_start_that_is_called_off_before_its_launch_leads_a_group_begins_none(
 def test_a_launch_that_is_killed_before_its_file_is_there_ends_pre_start_at_once(hook: Hook) -> None:
     hook.launch_is(HANGS)
     before = hook.begin("pre-start")
-    until(lambda: len(hook.pids) == 1)
+    wait_until(lambda: len(hook.pids) == 1)
     os.killpg(os.getpgid(hook.pids[0]), signal.SIGKILL)
     said, _ = before.communicate(timeout=20)
     assert before.returncode == 1
@@ -256,7 +249,7 @@ def test_a_launch_that_never_ends_does_not_hold_post_start_for_ever(hook: Hook) 
 def test_the_agent_is_told_of_a_start_while_pre_start_waits_and_no_longer(hook: Hook) -> None:
     hook.launch_is(f'while [ ! -e "$RUN/go" ]; do sleep 0.02; done; {GOES_ON}')
     before = hook.begin("pre-start")
-    until(lambda: len(hook.pids) == 1)
+    wait_until(lambda: len(hook.pids) == 1)
     assert is_starting(hook.run)
     (hook.run / "go").touch()
     before.communicate(timeout=20)
@@ -268,7 +261,7 @@ def test_the_agent_is_told_of_a_start_while_pre_start_waits_and_no_longer(hook: 
 def test_two_starts_of_a_machine_at_once_make_one_launch(hook: Hook) -> None:
     hook.launch_is(HANGS)
     hook.begin("pre-start")
-    until(lambda: len(hook.pids) == 1)
+    wait_until(lambda: len(hook.pids) == 1)
     assert hook.phase("pre-start") == (1, "sevattest: another start of this machine is under way\n")
     assert len(hook.pids) == 1
     assert alive(hook.pids[0])

@@ -22,6 +22,7 @@ from common.sev.policy import GuestPolicy
 from common.sev.secret import SecretEntry, build_table, seal_packet
 from common.sev.session import LaunchKeys, open_session
 from emulator.firmware_image import build_image
+from tests.support.eventually import wait_until
 from tests.support.platform import Platform
 from tests.support.qmp import QmpClient
 from tests.support.real_qemu import small_kernel
@@ -140,10 +141,7 @@ def wait_for_no_guest(platform: Platform) -> None:
 
 def wait_for_guests(platform: Platform, count: int) -> None:
     """Return when the platform has no more than so many."""
-    deadline = time.monotonic() + 30
-    while guests(platform) > count:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: guests(platform) <= count)
 
 
 def b64(data: bytes) -> str:

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any, cast
 from uuid import uuid4
@@ -23,6 +22,7 @@ from tests.e2e.guests import Guest
 from tests.e2e.report import PROPERTY, Row, Table
 from tests.e2e.scene import is_dead_loop
 from tests.e2e.workloads import PLAIN, SEVERAL, Owner
+from tests.support.eventually import wait_until
 
 WORDS = [
     *("-object", "sev-guest,id=sev0,policy=0x1100000f,session-file=session.b64,kernel-hashes=on"),
@@ -155,9 +155,7 @@ def test_a_process_that_a_run_left_is_found_by_its_mark(run_folder: Path) -> Non
     command = [sys.executable, "-c", "import sys; sys.stdin.read()"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as process:
         # Its environment can be read a moment after its start.
-        ends = time.monotonic() + 30
-        while process.pid not in leftovers.processes(run_folder):
-            assert time.monotonic() < ends
+        wait_until(lambda: process.pid in leftovers.processes(run_folder))
         assert process.pid not in leftovers.processes(run_folder.with_name("another"))
         process.kill()
         process.communicate()
@@ -168,9 +166,7 @@ def test_a_process_that_a_run_left_is_named_and_ended(run_folder: Path, monkeypa
     monkeypatch.setattr(leftovers, "_WAIT_SECONDS", 0.0)
     command = [sys.executable, "-c", "import sys; sys.stdin.read()"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as process:
-        ends = time.monotonic() + 30
-        while process.pid not in leftovers.processes(run_folder):
-            assert time.monotonic() < ends
+        wait_until(lambda: process.pid in leftovers.processes(run_folder))
         (found,) = leftovers.end(run_folder)
         assert found.startswith(f"process {process.pid}: ")
         assert process.wait(30) == -signal.SIGKILL
