@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import base64
 import json
+import re
 import signal
 import sys
 from collections.abc import AsyncIterator
@@ -167,6 +168,13 @@ def test_the_page_about_launch_names_every_member_and_every_state() -> None:
     rows = {line.split("`")[1] for line in page[page.index("## JSON") :].splitlines() if line.startswith("| `")}
     assert rows == MEMBERS
     assert all(f"`{state}`" in page for state in ("running", "refused", "expired", "abandoned", "released", "failed"))
+
+
+def test_the_page_about_launch_has_the_exit_codes_that_there_are() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "launch.md").read_text()
+    codes = re.findall(r"^\| (\d[\d, ]*) \|", page, re.MULTILINE)
+    # None for a reader that has gone: tests/integration/test_launch_refusals.py sees such a launch end with 0.
+    assert [int(code) for row in codes for code in row.split(", ")] == [0, 1, 2, 3, 4, 130, 143]
 
 
 def test_a_full_disk_under_stdout_is_said_and_ends_nothing(
