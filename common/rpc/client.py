@@ -11,7 +11,7 @@ import grpc
 from common.clock import SystemClock
 from common.errors import InvalidInput, Reason
 from common.rpc import MAX_MESSAGE
-from common.rpc.status import from_rpc_error
+from common.rpc.status import from_rpc_error, unreadable
 from common.rpc.tls import ClientTls, load_client
 
 _Request = TypeVar("_Request")
@@ -72,9 +72,10 @@ async def call(
             have happened; `OutcomeUnknown` if `mutating` and the link or the deadline broke under way.
     """
     try:
-        return await method(request, timeout=timeout)
+        answer = await method(request, timeout=timeout)
     except grpc.aio.AioRpcError as error:
         raise from_rpc_error(error, mutating=mutating) from error
+    return _read(answer, mutating=mutating)
 
 
 async def follow(
@@ -91,6 +92,13 @@ async def follow(
     """
     try:
         async for response in method(request, timeout=timeout):
-            yield response
+            yield _read(response, mutating=False)
     except grpc.aio.AioRpcError as error:
         raise from_rpc_error(error, mutating=False) from error
+
+
+def _read(answer: _Response | None, *, mutating: bool) -> _Response:
+    """The answer; gRPC hands out None for bytes that are no message of the method's."""
+    if answer is None:
+        raise unreadable(mutating=mutating)
+    return answer

@@ -137,6 +137,11 @@ def from_rpc_error(error: grpc.aio.AioRpcError, *, mutating: bool) -> SevattestE
     return _from_transport(error.code(), details, mutating=mutating)
 
 
+def unreadable(*, mutating: bool) -> SevattestError:
+    """What an answer means that is no message: it did come, so the step itself has been done."""
+    return _by_code(grpc.StatusCode.UNKNOWN, "the service's answer is no message of this version", mutating=mutating)
+
+
 def _details(error: grpc.aio.AioRpcError) -> Iterator[AnyMessage]:
     for key, value in error.trailing_metadata() or ():
         if key == _DETAILS_KEY and isinstance(value, bytes):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import grpc
 import pytest
 
-from common.errors import CLASS_OF, InvalidInput, LimitExceeded, PlatformFailed, Reason, Unavailable
+from common.errors import CLASS_OF, InvalidInput, LimitExceeded, OutcomeUnknown, PlatformFailed, Reason, Unavailable
 from common.rpc import MAX_MESSAGE, MAX_STREAMS
 from common.rpc.client import call, follow, open_channel
 from common.rpc.identity import Role
@@ -135,6 +135,41 @@ async def test_an_answer_above_the_limit_is_a_defect_of_the_service(site: Site) 
     site.agent.behaviour = shout
     async with site.client() as channel:
         assert (await site.failure(channel)).reason is Reason.INTERNAL
+
+
+class _Nonsense(grpc.GenericRpcHandler):
+    """Answers every call with bytes that are no message."""
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[bytes, bytes]:
+        async def one(_request: bytes, _context: object) -> bytes:
+            return b"\xff\xff"
+
+        async def many(_request: bytes, _context: object) -> AsyncIterator[bytes]:
+            yield b"\xff\xff"
+
+        if handler_call_details.method.endswith("/WatchLaunches"):
+            return grpc.unary_stream_rpc_method_handler(many)
+        return grpc.unary_unary_rpc_method_handler(one)
+
+
+async def test_an_answer_that_is_no_message_is_none_and_what_was_asked_for_may_have_been_done() -> None:
+    server = grpc.aio.server()
+    server.add_generic_rpc_handlers((_Nonsense(),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            stub = rpc.HostAgentServiceStub(channel)
+            with pytest.raises(PlatformFailed, match="no message") as failure:
+                await call(stub.ExportChain, pb.ExportChainRequest(), timeout=20, mutating=False)
+            assert failure.value.reason is Reason.INTERNAL
+            with pytest.raises(OutcomeUnknown):
+                await call(stub.ResumeGuest, pb.ResumeGuestRequest(), timeout=20, mutating=True)
+            with pytest.raises(PlatformFailed, match="no message"):
+                async for _ in follow(stub.WatchLaunches, pb.WatchLaunchesRequest(), timeout=20):
+                    pass
+    finally:
+        await server.stop(None)
 
 
 async def test_one_caller_cannot_take_more_than_its_share_and_others_keep_theirs(pki: Pki) -> None:
