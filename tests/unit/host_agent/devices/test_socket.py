@@ -227,9 +227,9 @@ async def test_an_answer_of_another_form_is_a_typed_error(
 async def test_a_device_that_hangs_is_left_in_time_and_asked_again_on_a_fresh_connection(
     tmp_path: Path, silent: int
 ) -> None:
-    async with device(tmp_path, {silent: None}, limit=0.1) as (sev, platform):
+    async with device(tmp_path, {silent: None}, limit=0.5) as (sev, platform):
         for _ in range(2):
-            with pytest.raises(Unavailable, match=r"no answer in 0\.1 s"):
+            with pytest.raises(Unavailable, match=r"no answer in 0\.5 s"):
                 await sev.status()
     assert [command for command, _ in platform.asked].count(OPEN) == 2
 
