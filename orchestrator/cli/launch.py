@@ -26,6 +26,7 @@ from orchestrator.cli.receipt import readable
 from orchestrator.flow import Launch, Order, Outcome, Step, StepResult
 
 _WIDTH = max(map(len, Step))
+_ENDING = (signal.SIGTERM, signal.SIGHUP)  # beside Ctrl-C, which asyncio sees to
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,14 +83,17 @@ def run(args: argparse.Namespace) -> int:
         request_id=args.request_id or uuid4(),
         timeout=args.timeout,
     )
+    received: list[signal.Signals] = []
     try:
-        return asyncio.run(_run(args, order, agent_ca, verifier_ca))
-    except (KeyboardInterrupt, asyncio.CancelledError) as stop:
+        return asyncio.run(_run(args, order, agent_ca, verifier_ca, received))
+    except (KeyboardInterrupt, asyncio.CancelledError):
         _say("sevattest: interrupted; the launch was given up", sys.stderr)
-        return 128 + (signal.SIGINT if isinstance(stop, KeyboardInterrupt) else signal.SIGTERM)
+        return 128 + (received[0] if received else signal.SIGINT)
 
 
-async def _run(args: argparse.Namespace, order: Order, agent_ca: Path, verifier_ca: Path) -> int:
+async def _run(
+    args: argparse.Namespace, order: Order, agent_ca: Path, verifier_ca: Path, received: list[signal.Signals]
+) -> int:
     # Imported here, so that a mistyped command line does not pay for gRPC.
     from common.rpc.client import open_channel
     from common.rpc.tls import ClientTls
@@ -99,7 +103,7 @@ async def _run(args: argparse.Namespace, order: Order, agent_ca: Path, verifier_
     agent_tls = ClientTls(cert=args.tls_cert, key=args.tls_key, server_ca=agent_ca)
     verifier_tls = ClientTls(cert=args.tls_cert, key=args.tls_key, server_ca=verifier_ca)
     outcome: Outcome | None = None
-    with _ended_by_sigterm():
+    with _ended_by_signals(received):
         try:
             async with (
                 open_channel(args.agent, agent_tls) as agent,
@@ -125,16 +129,25 @@ async def _run(args: argparse.Namespace, order: Order, agent_ca: Path, verifier_
 
 
 @contextlib.contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """Lets SIGTERM cancel the launch as Ctrl-C does, so that a job that is evicted leaves no paused guest behind."""
+def _ended_by_signals(received: list[signal.Signals]) -> Iterator[None]:
+    """Let them cancel the launch as Ctrl-C does: a job that is evicted, a terminal that hangs up, leave no guest."""
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     if task is None:  # cannot be: there is a running loop
         raise RuntimeError
-    loop.add_signal_handler(signal.SIGTERM, task.cancel)
+
+    def end(number: signal.Signals) -> None:
+        received.append(number)
+        task.cancel()
+
+    # What is ignored was made so by nohup, or by a shell that runs this in the background.
+    caught = [number for number in _ENDING if signal.getsignal(number) is not signal.SIG_IGN]
+    for number in caught:
+        loop.add_signal_handler(number, end, number)
     try:
         yield
     finally:
-        loop.remove_signal_handler(signal.SIGTERM)
+        for number in caught:
+            loop.remove_signal_handler(number)
 
 
 def _no_line(_result: StepResult, _outcome: Outcome) -> None:

@@ -115,7 +115,7 @@ def test_an_agent_that_is_not_there_is_json_too(pki: Pki, nowhere: str) -> None:
     assert [step["name"] for step in seen["steps"]] == ["export"]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_an_interrupted_launch_says_so_without_a_traceback(
     pki: Pki, nowhere: str, number: signal.Signals, code: int
 ) -> None:
@@ -129,6 +129,17 @@ def test_an_interrupted_launch_says_so_without_a_traceback(
     assert rest.splitlines()[-1] == "sevattest: interrupted; the launch was given up"
     assert "Traceback" not in rest
     assert process.returncode == code
+
+
+def test_a_hangup_that_is_ignored_ends_no_launch(pki: Pki, nowhere: str) -> None:
+    ignoring = ["sh", "-c", 'trap "" HUP; exec "$@"', "sh"]
+    command = [*ignoring, *script("sevattest"), *words(pki, nowhere, "--timeout", "1")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr
+        process.stderr.readline()
+        process.send_signal(signal.SIGHUP)
+        process.communicate(timeout=30)
+    assert process.returncode == 3
 
 
 def test_a_closed_pipe_is_no_error(pki: Pki, nowhere: str) -> None:
