@@ -184,6 +184,16 @@ def test_the_pages_commands_put_every_file_in_place_that_a_sample_names(sample: 
         assert str(file) in placed or (file.name in placed and f"{file.parent}/ " in f"{placed} "), file
 
 
+@pytest.mark.parametrize("file", [UNIT, DEPLOY / "verifier" / "sev-verifier.service"], ids=lambda file: file.stem)
+def test_the_page_that_a_unit_names_is_put_where_it_says(file: Path) -> None:
+    [named] = re.findall(r"^Documentation=file://(\S+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+    assert (ROOT / "docs" / Path(named).name).is_file()
+    commands = re.findall(
+        r"^install .*-t (\S+) \.\./docs/\*\.md", (DEPLOY / "README.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert commands == [str(Path(named).parent)] * 2
+
+
 @pytest.mark.parametrize("file", ["deploy/verifier/Containerfile", "deploy/host-agent/Containerfile"])
 def test_nothing_that_an_image_takes_in_is_ignored(file: str) -> None:
     ignored = [line for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines() if line[:1] != "#"]
