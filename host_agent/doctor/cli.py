@@ -36,12 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Look and print; 0 if nothing stops launches, 1 if something does."""
     from common.amd.kds import key_service
-    from common.sev.certs.roots import named_root, pinned_roots
     from host_agent.doctor import open_machine
     from host_agent.doctor.examination import Question, examine
     from host_agent.doctor.findings import stops_launches, summary
+    from host_agent.doctor.roots import trusted
 
-    roots = pinned_roots() if args.ca is None else (named_root(args.ca.read_bytes()),)
+    roots = trusted(args.ca)
     question = Question(
         machine=open_machine(args.root),
         config_file=args.config,

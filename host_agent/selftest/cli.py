@@ -84,12 +84,12 @@ async def _run(subject: Subject, tell: Callable[[Finding], None]) -> bool:
 
 def _subject(args: argparse.Namespace) -> Subject:
     from common.amd.kds import key_service
-    from common.sev.certs.roots import named_root, pinned_roots
     from common.sev.policy import GuestPolicy
     from host_agent import config
     from host_agent.app import make_device
     from host_agent.doctor import open_machine
     from host_agent.doctor.processor import look
+    from host_agent.doctor.roots import trusted
     from host_agent.hypervisors.base import GuestDefinition
     from host_agent.hypervisors.qemu import QemuHypervisor
     from host_agent.selftest.steps import Subject
@@ -98,7 +98,7 @@ def _subject(args: argparse.Namespace) -> Subject:
     # The others' guests are started by somebody else.
     definitions = {name: each for name, each in loaded.definitions().items() if isinstance(each, GuestDefinition)}
     guest = _guest(args.guest, definitions)
-    roots = pinned_roots() if args.ca is None else (named_root(args.ca.read_bytes()),)
+    roots = trusted(args.ca)
     return Subject(
         device=make_device(loaded.device),
         hypervisor=QemuHypervisor(definitions, loaded.qemu_settings(), loaded.lock_limit()),
