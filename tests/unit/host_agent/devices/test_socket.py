@@ -19,6 +19,7 @@ from host_agent.devices import open_device
 from host_agent.devices.dev_sev import DevSevDevice
 from host_agent.devices.socket import SocketDevice
 from tests.support.agent import open_descriptors
+from tests.support.eventually import until
 
 OPEN = 0xFFFF0000
 PDH, CHAIN, CHIP = b"p" * 2084, b"c" * 6252, bytes(range(64))
@@ -257,12 +258,11 @@ async def test_any_bytes_are_an_answer_or_a_typed_error(tmp_path: Path, data: by
 async def test_no_connection_is_left_open(tmp_path: Path) -> None:
     async with device(tmp_path) as (sev, _):
         await sev.status()
-        await asyncio.sleep(0)
         before = open_descriptors()
         for _ in range(50):
             await sev.export_chain()
-        await asyncio.sleep(0)
-        assert open_descriptors() <= before + 4
+        # The platform's ends are in this process, too, and are closed when it comes to that.
+        await until(lambda: open_descriptors() <= before)
 
 
 def test_only_drivers_that_are_there_can_be_named(tmp_path: Path) -> None:
