@@ -298,13 +298,19 @@ async def test_a_chain_of_two_platforms_is_no_chain(both: Sides) -> None:
         assert (outcome.steps[-1].step, outcome.error.reason) == (Step.BEGIN, Reason.BAD_SIGNATURE)
 
 
-async def test_a_chip_id_that_is_another_chips_changes_nothing(both: Sides) -> None:
-    # This CEK is signed and names its chip by itself; the id would only be what a signed one is fetched by.
+async def test_a_chip_id_that_is_another_chips_leads_to_no_other_key(both: Sides) -> None:
+    rotate(both)  # a chain that the owner has not seen: its CEK carries no signature, and the signed one goes by the id
     mine, other = await both.host.export_chain(within=20), await other_platform(both)
-    outcome = await launched(both, evidence=instead(replace(mine, chip_id=other.chip_id)))
+    lie = replace(mine, chip_id=other.chip_id)
+    outcome = await launched(both, evidence=instead(lie))
+    assert outcome.error is not None
+    assert (outcome.steps[-1].step, outcome.error.reason) == (Step.BEGIN, Reason.CEK_MISMATCH)
+    honest = await begun(both, mine)
+    # What was verified once is known by its bytes, whatever chip it is said to be.
+    outcome = await launched(both, evidence=instead(lie))
     assert outcome.running, outcome.error
     assert outcome.session
-    assert outcome.session.fingerprint == (await begun(both, mine)).fingerprint
+    assert outcome.session.fingerprint == honest.fingerprint
 
 
 async def test_a_session_for_an_older_pdh_is_stale_and_a_newer_fingerprint_does_not_open_it(both: Sides) -> None:

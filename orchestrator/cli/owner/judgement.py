@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 from common.errors import InvalidInput, Reason
 from common.ids import canonical_uuid
 from common.sev.errors import ParseError
-from common.sev.measurement import FirmwareVersion
 from orchestrator.cli.owner.connection import connected
 from orchestrator.cli.owner.files import about, read, read_document
 from orchestrator.cli.owner.text import as_json, clean, table
 from orchestrator.drivers.admin_values import Judgement, SupposedLaunch
 
 if TYPE_CHECKING:
+    from common.sev.measurement import FirmwareVersion
     from orchestrator.drivers.admin import VerifierAdmin
 
 _DIGEST = re.compile(r"[0-9a-fA-F]{64}")
@@ -92,6 +92,8 @@ def _digest(text: str) -> bytes:
 
 
 def _firmware(text: str) -> FirmwareVersion:
+    from common.sev.measurement import FirmwareVersion
+
     try:
         return FirmwareVersion.parse(text)
     except ParseError as error:
