@@ -46,6 +46,11 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
+def clean(text: str) -> str:
+    """The text without what would move a terminal's cursor: names and messages come from elsewhere."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
 class _Version(argparse.Action):
     """Prints the version and ends; it is looked up only where somebody asks."""
 

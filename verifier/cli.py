@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from common.command import Parser, add_version, complain, run_command
+from common.command import Parser, add_version, clean, complain, run_command
 from common.errors import InvalidInput, NotFound, Reason
 
 _PROGRAM = "sev-verifier"
@@ -266,8 +266,7 @@ def _words(record: dict[str, Any]) -> str:
         told = ["its body is none that a verifier writes"]
     first = "  ".join(str(record[name]) for name in _SUBJECT if record.get(name))
     lines = [first, *(f"  {each}" for each in (*told, f"audit id {record['audit_id']}"))]
-    # No terminal is told what to do.
-    return "\n".join("".join(letter if letter.isprintable() else "?" for letter in line) for line in lines)
+    return "\n".join(clean(line) for line in lines)
 
 
 if __name__ == "__main__":

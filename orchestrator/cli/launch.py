@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import TextIO
 from uuid import UUID, uuid4
 
-from common.command import complain
+from common.command import clean, complain
 from common.errors import InvalidInput, Reason, SevattestError, exit_code
 from common.ids import canonical_uuid
-from orchestrator.cli.owner.text import clean
 from orchestrator.cli.receipt import readable
 from orchestrator.flow import Launch, Order, Outcome, Step, StepResult
 

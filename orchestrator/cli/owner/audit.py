@@ -9,11 +9,12 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.command import clean
 from common.errors import InvalidInput, NotFound, Reason, SevattestError
 from common.ids import canonical_uuid
 from orchestrator.cli.owner.connection import connected
 from orchestrator.cli.owner.files import about, read
-from orchestrator.cli.owner.text import as_json, clean, when
+from orchestrator.cli.owner.text import as_json, when
 from orchestrator.drivers.admin_values import AuditRecord
 from orchestrator.files import NewFile, write_all
 

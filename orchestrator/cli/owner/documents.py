@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from common.command import complain
+from common.command import clean, complain
 from common.errors import NotFound, Reason, SevattestError, WrongState
 from common.versions import version_order
 from orchestrator.cli.owner.connection import connected
 from orchestrator.cli.owner.files import about, read_document
-from orchestrator.cli.owner.text import as_json, as_yaml, clean, table, when
+from orchestrator.cli.owner.text import as_json, as_yaml, table, when
 from orchestrator.drivers.admin_values import Applied, Document, GrantStatus
 
 if TYPE_CHECKING:

@@ -6,12 +6,13 @@ import argparse
 import re
 from typing import TYPE_CHECKING
 
+from common.command import clean
 from common.errors import InvalidInput, Reason
 from common.ids import canonical_uuid
 from common.sev.errors import ParseError
 from orchestrator.cli.owner.connection import connected
 from orchestrator.cli.owner.files import about, read, read_document
-from orchestrator.cli.owner.text import as_json, clean, table
+from orchestrator.cli.owner.text import as_json, table
 from orchestrator.drivers.admin_values import Judgement, SupposedLaunch
 
 if TYPE_CHECKING:

@@ -8,10 +8,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from common.command import complain
+from common.command import clean, complain
 from common.errors import Unavailable
 from orchestrator.cli.owner.connection import connected
-from orchestrator.cli.owner.text import as_json, clean, table, when
+from orchestrator.cli.owner.text import as_json, table, when
 from orchestrator.drivers.admin_values import LaunchQuery, OwnedLaunch
 
 if TYPE_CHECKING:

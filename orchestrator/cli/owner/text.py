@@ -10,16 +10,13 @@ from typing import Any
 
 import msgspec
 
+from common.command import clean
+
 # Text that YAML reads as this very text without quotes, whichever of its versions reads it: nothing that could be a
 # number, a date, a boolean, null or an indicator.
 _PLAIN = re.compile(r"[A-Za-z_/][A-Za-z0-9_./-]*(?: [A-Za-z0-9_./-]+)*")
 _BASIC_PLANE = 0xFFFF
 _WORDS = frozenset({"true", "false", "null", "yes", "no", "on", "off", "y", "n"})
-
-
-def clean(text: str) -> str:
-    """The text without what would move a terminal's cursor: names and messages come from elsewhere."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -10,7 +10,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.cli.owner.text import as_yaml, clean, table, when
+from common.command import clean
+from orchestrator.cli.owner.text import as_yaml, table, when
 
 _TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 _VALUES = st.recursive(
