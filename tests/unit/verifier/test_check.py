@@ -1,61 +1,26 @@
-"""`check-config` and the other commands that serve nothing: transcripts that a person could read."""
+"""`check-config`: everything that is wrong, each with its place, and what deserves a second look."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-import re
-import stat
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 
 from common.errors import InvalidInput, Reason, Unavailable
-from common.rpc import MAX_STREAMS
-from common.rpc.server import Limits
-from common.telemetry.endpoint import MetricsConfig
 from tests.support.documents import CALLER, SECRET_GUID, grant, platform, revocation, write_document
 from tests.support.documents import workload as document
 from tests.support.recording_log import RecordingLog
-from tests.support.store_rows import audit as record
 from tests.support.verifier_process import VerifierSite
 from verifier.app import App, real_surroundings
-from verifier.appraisal import authority
-from verifier.appraisal.rules import LAUNCH_RULES, PLATFORM_RULES, REPORT_RULES
 from verifier.check import check
 from verifier.cli import main
 from verifier.config import (
-    AdminConfig,
-    AuditConfig,
-    Config,
-    HealthConfig,
-    KdsConfig,
-    LimitsConfig,
-    Pkcs11Config,
-    PlatformsConfig,
-    StoreConfig,
-    TlsConfig,
-    VaultConfig,
     load_config,
     until_restart,
 )
 from verifier.documents.generations import GENERATIONS
-from verifier.keys.file import read_key_file
-from verifier.launches.records import AuditEvent
-from verifier.library.documents import snapshot
-from verifier.library.folder import read_folder
-from verifier.library.warnings import warnings_for
-from verifier.store.sqlite import SqliteStore
-from verifier.store.sqlite_file import FILE_NAME
-
-STRUCTS = (
-    *(TlsConfig, HealthConfig, PlatformsConfig, KdsConfig, LimitsConfig),
-    *(AdminConfig, StoreConfig, Pkcs11Config, VaultConfig, AuditConfig, MetricsConfig),
-)
 
 
 @pytest.fixture
@@ -303,85 +268,6 @@ def test_settings_that_wait_for_a_restart_are_told_from_those_that_do_not(site: 
     assert until_restart(serving, load_config(site.config, {})) == ["listen", "admin", "health.socket", "limits.calls"]
 
 
-def test_keygen_makes_a_file_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "kek.bin"
-    code, out, err = command(capsys, "keygen", str(path))
-    key = read_key_file(path).key_id.hex()
-    assert (code, out, err) == (0, f"{path}: key {key}; keep a copy where the database's backups are not\n", "")
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    content = path.read_bytes()
-    code, _, err = command(capsys, "keygen", str(path))
-    assert (code, err) == (2, f"sev-verifier: {path}: exists, and is never overwritten\n")
-    assert path.read_bytes() == content
-
-
-def test_audit_without_a_store_is_told(site: VerifierSite, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, err = command(capsys, "audit", "--config", str(site.config))
-    assert (code, out) == (3, "")
-    folder = load_config(site.config, {}).folder
-    assert err.startswith(f"sev-verifier: there is no store in {folder}\nhint: a disk that is not mounted")
-    folder.mkdir()
-    (folder / FILE_NAME).symlink_to("elsewhere")
-    code, out, err = command(capsys, "audit", "--config", str(site.config))
-    assert (code, out) == (3, "")
-    assert err.startswith(f"sev-verifier: the store cannot open {folder / FILE_NAME}: ")
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        '{"findings": [{"rule": "r\\u001b[2J", "message": "m"}], "explanation": {"sentence": "s\\u001b[2J"}}',
-        '{"findings": 5}',
-        '{"explanation": {}}',
-        "[" * 100_000,
-        "[]",
-        "{",
-    ],
-)
-def test_audit_shows_what_somebody_wrote_and_tells_no_terminal_what_to_do(
-    site: VerifierSite, capsys: pytest.CaptureFixture[str], body: str
-) -> None:
-    async def fill() -> None:
-        store = SqliteStore(site.folder / "state")
-        await store.open(make=True)
-        for event, said in (("launch.refused\x1b[2J", body), ("launch.begun", "{}")):
-            await store.record(replace(record(event, body=said), caller="c\x1b[2J"))
-        await store.close()
-
-    asyncio.run(fill())
-    code, out, err = command(capsys, "audit", "--config", str(site.config))
-    assert (code, err) == (0, "")
-    assert "launch.refused?[2J" in out
-    assert "\x1b" not in out
-    assert out.count("  audit id ") == 2
-    code, out, _ = command(capsys, "audit", "--config", str(site.config), "--json")
-    assert [json.loads(line)["event"] for line in out.splitlines()] == ["launch.refused\x1b[2J", "launch.begun"]
-
-
-@pytest.mark.parametrize(
-    ("words", "complaint"),
-    [
-        ((), "the following arguments are required: COMMAND"),
-        (("fly",), "invalid choice: 'fly'"),
-        (("serve",), "the following arguments are required: --config"),
-    ],
-)
-def test_bad_usage_ends_with_2(capsys: pytest.CaptureFixture[str], words: tuple[str, ...], complaint: str) -> None:
-    code, _, err = command(capsys, *words)
-    assert code == 2
-    assert complaint in err
-
-
-def test_a_launch_that_is_no_id_and_a_missing_file_are_bad_input(
-    site: VerifierSite, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code, _, err = command(capsys, "audit", "--config", str(site.config), "--launch", "1")
-    assert (code, err) == (2, "sev-verifier: --launch: must be an id (a UUID)\n")
-    code, _, err = command(capsys, "health", "--config", str(site.folder / "none.toml"))
-    assert code == 2
-    assert "none.toml" in err
-
-
 def test_bad_documents_are_listed_one_a_line(site: VerifierSite, capsys: pytest.CaptureFixture[str]) -> None:
     bad: dict[str, Any] = document(callers=["cluster"], lifetime="1s")
     write_document(site.folder / "documents", bad)
@@ -532,51 +418,3 @@ def test_metrics_that_others_could_read_are_refused(site: VerifierSite, table: s
 def test_metrics_of_this_machine_alone_are_good(site: VerifierSite) -> None:
     site.config.write_text(f'{site.config.read_text()}\n[metrics]\nlisten = "127.0.0.1:9464"\n')
     assert check(site.config, {}).problems == []
-
-
-SAMPLES = Path(__file__).parents[3] / "deploy" / "verifier"
-
-
-def test_the_sample_configuration_and_workload_are_good() -> None:
-    config = load_config(SAMPLES / "verifier.toml", {})
-    assert config.tls.trust_domain == "datacenter.example"
-    documents = snapshot(0, read_folder(SAMPLES / "documents"))
-    assert {entry.kind for entry in documents.entries} == {"Workload", "Grant", "Platform"}
-    for entry in documents.entries:
-        assert entry.document is not None
-        assert warnings_for(entry.document, documents) == ()
-
-
-def test_what_the_sample_leaves_out_is_good_too(tmp_path: Path) -> None:
-    sample = (SAMPLES / "verifier.toml").read_text()
-    whole = re.sub(r"^# (\[\w+\]|\w+ = .*)$", r"\1", sample, flags=re.MULTILINE).replace("state_dir", "# state_dir", 1)
-    (tmp_path / "verifier.toml").write_text(whole)
-    config = load_config(tmp_path / "verifier.toml", {})
-    dsn = config.store.postgres if config.store else None
-    assert None not in {config.admin, dsn, config.pkcs11, config.vault, config.metrics}
-
-
-def test_the_page_describes_every_setting() -> None:
-    page = (SAMPLES.parents[1] / "docs" / "verifier.md").read_text()
-
-    def keys(struct: type[msgspec.Struct], prefix: str = "") -> Iterator[str]:
-        for field in msgspec.structs.fields(struct):
-            inner = next((each for each in STRUCTS if each.__name__ in str(field.type)), None)
-            yield from keys(inner, f"{field.name}.") if inner else (prefix + field.name,)
-
-    assert [key for key in keys(Config) if f"`{key}`" not in page] == []
-
-
-def test_the_pages_say_how_many_calls_a_caller_may_have() -> None:
-    docs, calls = SAMPLES.parents[1] / "docs", LimitsConfig().calls
-    assert calls == Limits().in_flight == MAX_STREAMS  # the agent takes the default of all listeners
-    assert f"| `limits.calls` | {calls} |" in (docs / "verifier.md").read_text()
-    page = (docs / "identities.md").read_text()
-    assert f"fewer than {calls} calls under way, or than the verifier's `limits.calls` says" in page
-    assert f"| calls of one identity at once | {calls}; the verifier's `limits.calls` |" in page
-
-
-def test_the_page_describes_every_rule_and_event() -> None:
-    page = (SAMPLES.parents[1] / "docs" / "verifier.md").read_text()
-    rules = {*PLATFORM_RULES, *LAUNCH_RULES, *REPORT_RULES, *authority.RULES.values()}
-    assert [name for name in (*rules, *AuditEvent) if f"`{name}`" not in page] == []
